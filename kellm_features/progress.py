@@ -1,0 +1,87 @@
+"""Progress on stderr: a bar with rate and ETA on a terminal, a log line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
+LOG_EVERY_S = 15.0
+
+
+class Advance(Protocol):
+    """Call with the units just done and, where there is news, a short note (loss, tokens/s)."""
+
+    def __call__(self, amount: float = 1, note: str = "") -> None: ...
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s", style="cyan")
+
+
+@contextmanager
+def track(label: str, total: int, unit: str = "rows") -> Iterator[Advance]:
+    """Show progress of a long loop.
+
+    Args:
+        label: what is being done, in a word or two.
+        total: units of work.
+        unit: the plural of one unit.
+    """
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total, unit=unit, note="")
+
+            def advance(amount: float = 1, note: str = "") -> None:
+                bar.update(task, advance=amount, **({"note": note} if note else {}))
+
+            yield advance
+        return
+    started = last = time.monotonic()
+    done = 0.0
+
+    def log(amount: float = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S:
+            last = now
+            rate = done / (now - started)
+            eta = (total - done) / rate if rate else float("inf")
+            logger.info(
+                "%s: %.0f of %d %s, %.1f/s, ETA %.0f s%s",
+                label,
+                done,
+                total,
+                unit,
+                rate,
+                eta,
+                note and f", {note}",
+            )
+
+    yield log

