@@ -1,0 +1,1 @@
+"""Readers of interactions, catalogues and users; splits; histories."""
