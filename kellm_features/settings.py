@@ -163,7 +163,11 @@ class TrainSettings(Section):
     ] = "sum"
     top_k: Annotated[int, Field(gt=0, description="positives are drawn from this many SWING neighbours")] = 20
     field_dim: Annotated[int, Field(gt=0, description="width of the backbone's id and genre embeddings")] = 16
-    patience: Annotated[int, Field(ge=0, description="epochs without a better validation AUC before stopping")] = 3
+    weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="in the backbone's hidden layers")] = 0.0
+    patience: Annotated[
+        int, Field(ge=0, description="epochs without a better validation AUC before stopping; 0: never, keep the last")
+    ] = 3
     device: Annotated[
         str | None, Field(description="None: cuda where there is one", json_schema_extra={"tuning": True})
     ] = None
@@ -217,7 +221,7 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
         ConfigError: unreadable file, unknown key, wrong type, value out of range.
     """
     tree: dict[str, Any] = {}
-    where = "the defaults"
+    where = "--set"
     if path is not None:
         where = str(path)
         try:

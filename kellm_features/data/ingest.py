@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from kellm_features.data import movielens
 from kellm_features.data.split import check_parts, split_by_time, split_by_user, split_hash
-from kellm_features.data.tables import RawTables, read_frame, rename_columns
+from kellm_features.data.tables import RawTables, first_of, read_frame, rename_columns
 from kellm_features.errors import ConfigError, DataError, SchemaError
 from kellm_features.resources import MOVIELENS_100K, package_file
 from kellm_features.schemas import INTERACTIONS, ITEMS, USERS, write_table
@@ -172,7 +172,7 @@ def _house_items(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         year = pd.to_numeric(frame["year"], errors="coerce")
         bad = frame["year"][year.isna() & frame["year"].notna()]
         if len(bad):
-            raise SchemaError(f"{path}: column 'year' holds {bad.iloc[0]!r}: a year in digits or nothing is accepted")
+            raise SchemaError(f"{path}: column 'year' holds {first_of(bad)!r}: a year in digits or nothing is accepted")
         frame = frame.assign(year=year.astype("Int32"))
     if "genres" not in frame.columns:
         return frame.assign(genres=[[] for _ in range(len(frame))])
@@ -193,11 +193,11 @@ def _check_items(items: pd.DataFrame, where: str) -> pd.DataFrame:
     repeated = items["item_id"][items["item_id"].duplicated()]
     if len(repeated):
         raise DataError(
-            f"{where}: item_id {repeated.iloc[0]!r} stands {(items['item_id'] == repeated.iloc[0]).sum()} times in the "
-            f"catalogue ({repeated.nunique()} ids are repeated): ids must be unique"
+            f"{where}: item_id {first_of(repeated)!r} stands {(items['item_id'] == repeated.iloc[0]).sum()} times in "
+            f"the catalogue ({repeated.nunique()} ids are repeated): ids must be unique"
         )
     if items["title"].isna().any():
-        first = items["item_id"][items["title"].isna()].iloc[0]
+        first = first_of(items["item_id"][items["title"].isna()])
         raise DataError(
             f"{where}: item {first!r} has no title ({int(items['title'].isna().sum())} such): give each one"
         )
@@ -214,7 +214,7 @@ def _label(interactions: pd.DataFrame, like_above: float, where: str) -> pd.Data
         numeric = pd.to_numeric(rating, errors="coerce")
         bad = rating[numeric.isna() & rating.notna()]
         if len(bad):
-            raise SchemaError(f"{where}: column 'rating' holds {bad.iloc[0]!r}: numbers are accepted")
+            raise SchemaError(f"{where}: column 'rating' holds {first_of(bad)!r}: numbers are accepted")
         frame["rating"] = numeric.astype("float32")
     else:
         frame["rating"] = np.float32("nan")
@@ -247,7 +247,7 @@ def _instants(values: pd.Series, where: str) -> pd.Series:
             values, utc=True, errors="coerce", format=None if values.dtype != object else "ISO8601"
         )
         if instants.isna().any():
-            bad = values[instants.isna()].iloc[0]
+            bad = first_of(values[instants.isna()])
             raise SchemaError(f"{where}: timestamp {bad!r} is not understood: epoch numbers or ISO 8601 are accepted")
     return instants.astype("datetime64[us, UTC]")
 
@@ -272,7 +272,7 @@ def _known_items(
     missing = interactions["item_id"][~known]
     if unknown == "refuse":
         raise DataError(
-            f"{where}: item_id {missing.iloc[0]!r} is not in the catalogue ({missing.nunique()} such ids in "
+            f"{where}: item_id {first_of(missing)!r} is not in the catalogue ({missing.nunique()} such ids in "
             f'{len(missing)} rows): add them to the catalogue, or set data.unknown_items = "drop"'
         )
     dropped["item not in the catalogue"] = len(missing)
@@ -297,7 +297,7 @@ def _all_users(users: pd.DataFrame | None, interactions: pd.DataFrame) -> tuple[
         users = pd.DataFrame({"user_id": seen[:0]})
     repeated = users["user_id"][users["user_id"].duplicated()]
     if len(repeated):
-        raise DataError(f"user_id {repeated.iloc[0]!r} stands more than once in the users table: ids must be unique")
+        raise DataError(f"user_id {first_of(repeated)!r} stands more than once in the users table: ids must be unique")
     users = users.reindex(columns=USERS.names)
     missing = seen[~np.isin(seen, users["user_id"].to_numpy())]
     added = pd.DataFrame({"user_id": missing}).reindex(columns=USERS.names)

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -104,6 +105,11 @@ def rename_columns(
             f'map other names under [data.columns], e.g. {missing[0]} = "…"'
         )
     return frame.rename(columns={theirs: ours for ours, theirs in mapping.items() if theirs in frame.columns})
+
+
+def first_of(values: pd.Series) -> Any:
+    """The first value as a plain Python object, for messages."""
+    return values.tolist()[0]
 
 
 def _first_line(error: Exception) -> str:

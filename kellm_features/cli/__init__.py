@@ -1,0 +1,5 @@
+"""The command `kellm`."""
+
+from kellm_features.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,78 @@
+"""The application object, its global options, and how errors end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from kellm_features import __version__
+from kellm_features.errors import KellmError
+
+app = typer.Typer(
+    name="kellm",
+    help="Knowledge embeddings for recommenders: from interactions and a Wikipedia dump to Feast feature views.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"kellm-features {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what each stage does.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full trace of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    ctx.obj = {"debug": debug}
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[RichHandler(console=stderr, show_path=False, rich_tracebacks=False)],
+    )
+    ours = logging.DEBUG if debug else logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING
+    for name in ("kellm_features", "kellm_spark", "kellm_kernels"):
+        logging.getLogger(name).setLevel(ours)
+    if not debug:  # other libraries' deprecations are ours to read in the tests, not the user's at night
+        warnings.filterwarnings("ignore")
+
+
+def main() -> None:
+    """Run the command line; a `KellmError` ends in one line and exit code 2."""
+    from kellm_features.cli import doctor, fetch, init, run  # noqa: F401  (they register their commands)
+
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KellmError as error:
+        if debug:
+            raise
+        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("\nstopped; finished stages are kept, and the next run goes on from there")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split("\n")))

@@ -1,0 +1,123 @@
+"""`kellm run`, `kellm quickstart` and one command per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kellm_features.artifacts import require_artifact
+from kellm_features.cli.app import app, stderr, stdout
+from kellm_features.pipeline import StageOutcome, run_stages, stages_between, why_stale
+from kellm_features.settings import Settings, load_settings
+from kellm_features.stages import STAGES
+
+DEFAULT_CONFIG = Path("kellm.toml")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Settings file. Default: ./kellm.toml where there is one.")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory of the run's artefacts.")]
+
+
+def settings_from(config: Path | None, overrides: list[str] | None) -> Settings:
+    """The settings of a command line: the named file, else ./kellm.toml, else the defaults."""
+    if config is None and DEFAULT_CONFIG.exists():
+        config = DEFAULT_CONFIG
+    return load_settings(config, overrides or ())
+
+
+@app.command()
+def run(
+    out: OutOption = Path("runs/default"),
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage; earlier ones must be fresh.")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="Last stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why.")] = False,
+) -> None:
+    """Run the stages that are stale, in order."""
+    settings = settings_from(config, overrides)
+    if dry_run:
+        from kellm_features.cli.show import plan_table
+
+        stdout.print(plan_table([(spec.name, why_stale(spec, settings, out)) for spec in stages_between(first, last)]))
+        return
+    outcomes = run_stages(settings, out, first=first, last=last, listener=_announce)
+    _close(outcomes, settings, out)
+
+
+@app.command()
+def quickstart(
+    out: OutOption = Path("runs/quickstart"),
+    overrides: SetOption = None,
+) -> None:
+    """MovieLens-100K, the sample Wikipedia and the embedded models, end to end on this machine."""
+    settings = load_settings(None, overrides or ())
+    outcomes = run_stages(settings, out, listener=_announce)
+    _close(outcomes, settings, out)
+
+
+@app.command()
+def report(out: OutOption = Path("runs/default"), config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Write report.html of a run, finished or not."""
+    from kellm_features.report.html import write_report
+
+    require_artifact(out, STAGES[0].name, needed_by="report")
+    stdout.print(f"report: {write_report(out, settings_from(config, overrides))}", soft_wrap=True)
+
+
+def _announce(stage: str, event: str, outcome: StageOutcome | None) -> None:
+    if event == "start":
+        stderr.print(f"[cyan]…[/] {stage}")
+        return
+    assert outcome is not None
+    manifest = outcome.artifact.manifest
+    if event == "fresh":
+        stderr.print(f"[dim]=[/] {stage:<9} unchanged, skipped [dim](made {manifest.created:%Y-%m-%d %H:%M} UTC)[/]")
+    else:
+        stderr.print(f"[green]✓[/] {stage:<9} {manifest.rows_out:>9,} rows in {manifest.seconds:.1f} s")
+
+
+def _close(outcomes: list[StageOutcome], settings: Settings, out: Path) -> None:
+    from kellm_features.cli import show
+
+    stdout.print(show.stage_table(outcomes))
+    if outcomes[-1].name != STAGES[-1].name:
+        return
+    from kellm_features.report.html import write_report
+
+    stdout.print(show.neighbour_table(out))
+    stdout.print(show.fetched_vector(settings, out))
+    stdout.print(f"\nreport: {write_report(out, settings)}", soft_wrap=True)
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(
+        out: OutOption = Path("runs/default"), config: ConfigOption = None, overrides: SetOption = None
+    ) -> None:
+        from kellm_features.cli import show
+
+        settings = settings_from(config, overrides)
+        outcomes = run_stages(settings, out, first=name, last=name, listener=_announce)
+        stdout.print(show.stage_table(outcomes))
+
+    return command
+
+
+STAGE_HELP = {
+    "ingest": "Read interactions, catalogue and users; label; split.",
+    "swing": "SWING similarity pairs of items and of users, from train rows, on Spark.",
+    "wiki": "Read a MediaWiki dump into a table of pages, on Spark.",
+    "link": "Link items to Wikipedia pages, or abstain and say why, on Spark.",
+    "generate": "Write a description per item and a profile per user.",
+    "encode": "Encode descriptions and profiles with a sentence encoder.",
+    "train": "Train the adapters jointly with the backbone on CTR and SWING pairs.",
+    "export": "Adapt all encodings into a new embedding version.",
+    "publish": "Publish the version to the Feast repository and materialize it online.",
+}
+for _spec in STAGES:
+    app.command(_spec.name, help=STAGE_HELP[_spec.name])(_stage_command(_spec.name))
