@@ -1,0 +1,207 @@
+"""What the feature views hold and where their rows lie, told without importing Feast.
+
+Every view reads one folder `data/VIEW/` of append-only Parquet partitions, one file per published version. A
+partition is written aside, renamed into place and never changed. `data/published.json`, replaced last, lists the
+partitions that count.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kellm_features.errors import StoreError
+
+IdType = Literal["int64", "string"]
+EntityName = Literal["item", "user"]
+Kind = Literal["string", "int64", "float64", "embedding", "ids", "scores"]
+
+EVENT_TIMESTAMP = "event_timestamp"
+CREATED_TIMESTAMP = "created_timestamp"
+IS_DELETED = "is_deleted"
+"""Partition column: true on the row that withdraws an id which the version no longer holds."""
+TOP_NEIGHBORS = 20
+"""Neighbours served per anchor; the offline SWING pairs keep all of theirs."""
+
+DATA = "data"
+PUBLISHED = "published.json"
+JOIN_KEYS: dict[EntityName, str] = {"item": "item_id", "user": "user_id"}
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One feature view: its entity and its features in order."""
+
+    name: str
+    entity: EntityName
+    features: tuple[tuple[str, Kind], ...]
+    description: str
+
+    @property
+    def join_key(self) -> str:
+        """`item_id` or `user_id`."""
+        return JOIN_KEYS[self.entity]
+
+    def arrow(self, id_type: IdType) -> pa.Schema:
+        """The schema of a partition: join key, features, timestamps, deletion mark."""
+        fields = [pa.field(self.join_key, _arrow_type("ids", id_type).value_type, nullable=False)]
+        fields += [pa.field(name, _arrow_type(kind, id_type)) for name, kind in self.features]
+        fields += [pa.field(name, pa.timestamp("us", tz="UTC"), False) for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP)]
+        return pa.schema([*fields, pa.field(IS_DELETED, pa.bool_(), nullable=False)])
+
+
+def _arrow_type(kind: Kind, id_type: IdType) -> pa.DataType:
+    id_value = pa.int64() if id_type == "int64" else pa.string()
+    return {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "embedding": pa.list_(pa.float32()),
+        "ids": pa.list_(id_value),
+        "scores": pa.list_(pa.float64()),
+    }[kind]
+
+
+_EMBEDDING: tuple[tuple[str, Kind], ...] = (
+    ("embedding", "embedding"),
+    ("embedding_version", "string"),
+    ("model_id", "string"),
+    ("content_hash", "string"),
+)
+_NEIGHBORS: tuple[tuple[str, Kind], ...] = (("neighbor_ids", "ids"), ("scores", "scores"))
+
+ITEM_EMBEDDING = ViewSpec(
+    "item_knowledge_embedding",
+    "item",
+    _EMBEDDING,
+    "Adapted knowledge embedding of an item, with the version it is of.",
+)
+USER_EMBEDDING = ViewSpec(
+    "user_knowledge_embedding",
+    "user",
+    _EMBEDDING,
+    "Adapted knowledge embedding of a user, in the items' space.",
+)
+ITEM_DESCRIPTION = ViewSpec(
+    "item_description",
+    "item",
+    (
+        ("description", "string"),
+        ("description_source", "string"),
+        ("prompt_hash", "string"),
+        ("model_id", "string"),
+    ),
+    "Generated description of an item; apart from the embedding, so that ranking never fetches text.",
+)
+ITEM_WIKI_LINK = ViewSpec(
+    "item_wiki_link",
+    "item",
+    (
+        ("wiki_page_id", "int64"),
+        ("wiki_title", "string"),
+        ("link_score", "float64"),
+        ("method", "string"),
+        ("reason", "string"),
+    ),
+    "Wikipedia page of an item; a null page is an abstention, and `reason` says why.",
+)
+ITEM_NEIGHBORS = ViewSpec(
+    "item_swing_neighbors",
+    "item",
+    _NEIGHBORS,
+    f"The {TOP_NEIGHBORS} items most similar by SWING, best first.",
+)
+USER_NEIGHBORS = ViewSpec(
+    "user_swing_neighbors",
+    "user",
+    _NEIGHBORS,
+    f"The {TOP_NEIGHBORS} users most similar by SWING, best first.",
+)
+
+ITEM_VIEWS = (ITEM_EMBEDDING, ITEM_DESCRIPTION, ITEM_WIKI_LINK, ITEM_NEIGHBORS)
+USER_VIEWS = (USER_EMBEDDING, USER_NEIGHBORS)
+VIEWS = (*ITEM_VIEWS, *USER_VIEWS)
+
+
+class Partition(BaseModel):
+    """One immutable Parquet file of one view."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    """Path relative to the repository."""
+    rows: int
+    """Ids that the view serves from this partition."""
+    withdrawn: int
+    """Ids of earlier versions that this one does not hold: one null row each."""
+    event: datetime
+    """`event_timestamp` of every row: since when the version holds."""
+    created: datetime
+    """`created_timestamp` of every row."""
+
+
+class Publication(BaseModel):
+    """One publish: a version and the partition that each view serves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    published_at: datetime
+    dim: int
+    views: dict[str, Partition]
+    finished: bool = True
+    """False where it was killed: some of its rows may have been served."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """View name -> partition file."""
+        return {name: partition.file for name, partition in self.views.items()}
+
+
+class Published(BaseModel):
+    """`data/published.json`: what this repository serves and served before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    id_type: IdType
+    stores: list[str]
+    """Local files of registry and online store, relative to the repository."""
+    current: Publication
+    previous: list[Publication]
+    """Newest first."""
+
+
+def read_published(repo: Path) -> Published | None:
+    """What a repository says it serves, or None where nothing was published.
+
+    Raises:
+        StoreError: `published.json` is there and cannot be read.
+    """
+    path = repo / DATA / PUBLISHED
+    try:
+        return Published.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise StoreError(
+            f"{path} is not a record of this version of kellm ({type(error).__name__}): restore it from a backup, or "
+            f"delete {repo / DATA} and publish again"
+        ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file through a temporary name and fsync, so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
