@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kellm_features.errors import ArtifactError, DataError
 
 MANIFEST = "manifest.json"
+# part-00000-5b2c…-c000.zstd.parquet: the task's number says which rows, the UUID which attempt
+_SPARK_PART = re.compile(r"(part-\d+)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class FileStamp(BaseModel):
@@ -123,9 +126,10 @@ def hash_outputs(folder: Path) -> dict[str, str]:
     }
 
 
-def digest(parts: Mapping[str, str]) -> str:
-    """One SHA-256 over a mapping, independent of its order."""
-    return hashlib.sha256(json.dumps(dict(sorted(parts.items()))).encode()).hexdigest()
+def digest(outputs: Mapping[str, str]) -> str:
+    """One SHA-256 over `hash_outputs`, the same whenever the bytes are: Spark's random ids in part names do not count."""
+    named = {_SPARK_PART.sub(r"\1", name): sha256 for name, sha256 in outputs.items()}
+    return hashlib.sha256(json.dumps(dict(sorted(named.items()))).encode()).hexdigest()
 
 
 def load_artifact(run_dir: Path, stage: str) -> Artifact | None:

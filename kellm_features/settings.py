@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -133,7 +134,16 @@ class GenerateSettings(Section):
     max_tokens: Annotated[int, Field(ge=8, le=4096)] = 96
     page_tokens: Annotated[int, Field(ge=32, le=32768, description="budget of page text in a prompt")] = 320
     max_history: Annotated[int, Field(ge=1, le=1000, description="events in a user's profile")] = 30
+    profile_tokens: Annotated[
+        int, Field(ge=64, le=131072, description="budget of history and descriptions in a user's prompt")
+    ] = 1024
     batch_size: Annotated[int, Field(gt=0, json_schema_extra={"tuning": True})] = 16
+    device: Annotated[
+        str | None,
+        Field(
+            description="of the transformers engine; None: cuda where there is one", json_schema_extra={"tuning": True}
+        ),
+    ] = None
 
 
 class EncodeSettings(Section):
@@ -155,7 +165,8 @@ class TrainSettings(Section):
     activation: Literal["gelu", "relu"] = "gelu"
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 1024
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the backbone")] = 1e-3
+    adapter_learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the adapters")] = 1e-3
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.03
     weight: Annotated[float, Field(ge=0, description="w of the contrastive terms")] = 0.004
     reduction: Annotated[
@@ -208,6 +219,12 @@ def _shaping(section: Section) -> dict[str, Any]:
             continue
         kept[name] = _shaping(value) if isinstance(value, Section) else value
     return kept
+
+
+def user_cache_dir() -> Path:
+    """Where converted models are kept between runs: `$XDG_CACHE_HOME/kellm_features`, or below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "kellm_features"
 
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:

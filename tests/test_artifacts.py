@@ -6,6 +6,7 @@ import pytest
 from kellm_features.artifacts import (
     MANIFEST,
     Manifest,
+    digest,
     hash_outputs,
     load_artifact,
     recover,
@@ -136,3 +137,13 @@ def test_outputs_leave_markers_out(tmp_path: Path) -> None:
     for name in ("part-0.parquet", "_SUCCESS", ".part-0.parquet.crc"):
         (tmp_path / "pairs.parquet" / name).write_text(name)
     assert list(hash_outputs(tmp_path)) == ["pairs.parquet/part-0.parquet"]
+
+
+def test_digest_ignores_the_attempt_and_nothing_else() -> None:
+    def part(uuid: str, sha256: str = "aa", number: int = 0) -> dict[str, str]:
+        return {f"pairs.parquet/part-{number:05d}-{uuid}-c000.zstd.parquet": sha256}
+
+    one, two = "bf259005-7fb9-4868-b7dd-fd06eb0cceab", "00000000-7fb9-4868-b7dd-fd06eb0cceab"
+    assert digest(part(one)) == digest(part(two))
+    assert digest(part(one)) != digest(part(one, "bb"))
+    assert digest(part(one)) != digest(part(one, number=1))

@@ -49,6 +49,7 @@ def _options(
         handlers=[RichHandler(console=stderr, show_path=False, rich_tracebacks=False)],
     )
     ours = logging.DEBUG if debug else logging.INFO if verbose or not sys.stderr.isatty() else logging.WARNING
+    logging.getLogger("feast").setLevel(logging.WARNING)  # it reports each refresh of its registry cache
     for name in ("kellm_features", "kellm_spark", "kellm_kernels"):
         logging.getLogger(name).setLevel(ours)
     if not debug:  # other libraries' deprecations are ours to read in the tests, not the user's at night
