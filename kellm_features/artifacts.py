@@ -127,7 +127,7 @@ def hash_outputs(folder: Path) -> dict[str, str]:
 
 
 def digest(outputs: Mapping[str, str]) -> str:
-    """One SHA-256 over `hash_outputs`, the same whenever the bytes are: Spark's random ids in part names do not count."""
+    """One SHA-256 over `hash_outputs`; the random ids in Spark's part names do not count, only the bytes do."""
     named = {_SPARK_PART.sub(r"\1", name): sha256 for name, sha256 in outputs.items()}
     return hashlib.sha256(json.dumps(dict(sorted(named.items()))).encode()).hexdigest()
 

@@ -167,6 +167,9 @@ class TrainSettings(Section):
     batch_size: PositiveInt = 1024
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the backbone")] = 1e-3
     adapter_learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the adapters")] = 1e-3
+    warmup_steps: Annotated[
+        int, Field(ge=0, description="contrastive steps of the adapters before the joint training; 0: KELLMRec's schedule")
+    ] = 600
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.03
     weight: Annotated[float, Field(ge=0, description="w of the contrastive terms")] = 0.004
     reduction: Annotated[

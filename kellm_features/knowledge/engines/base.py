@@ -1,0 +1,65 @@
+"""What generates text: the interface that every engine keeps, built in or a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kellm_features.knowledge.facts import ItemFacts, UserFacts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, in the two forms that engines read.
+
+    `system` is the same for every item (or user) of a run and stands first, so that a prefix cache hits. Text from
+    outside stands in `user` alone, between delimiters. `facts` is the same knowledge in structured form.
+    """
+
+    system: str
+    user: str
+    facts: ItemFacts | UserFacts
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An engine's answer. `finish_reason` is `length` where the token limit cut it off."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Engine(Protocol):
+    """Text for prompts. Registered under the entry point group `kellm_features.engines` as a factory.
+
+    The factory takes the `generate` section of the settings and returns an engine; it may load a model.
+    """
+
+    @property
+    def model_id(self) -> str:
+        """The model's name, as it stands in the descriptions."""
+
+    @property
+    def revision(self) -> str:
+        """What tells two versions of the model apart: a commit, or a hash of the weights."""
+
+    @property
+    def sampling(self) -> str:
+        """Everything besides prompt, model and token limit that shapes the text: decoding method, dtype, seed."""
+
+    @property
+    def source(self) -> Literal["llm", "template"]:
+        """What it reads, and what the descriptions say of their source.
+
+        `llm`: system and user text; it is slow, and its completions are kept. `template`: `facts`; it is fast.
+        """
+
+    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """One completion per request, in order, none longer than `max_tokens` tokens.
+
+        Raises:
+            EngineError: the engine failed for good.
+        """

@@ -1,0 +1,112 @@
+"""Prompts of items and users, within token budgets, and the hash of everything that shapes their text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+
+from kellm_features.knowledge.domain import Domain
+from kellm_features.knowledge.engines.base import Engine, Prompt
+from kellm_features.knowledge.facts import Event, ItemFacts, Page, UserFacts
+from kellm_features.knowledge.text import as_data, cut_to_tokens, estimate_tokens, squeeze
+
+MIN_SECTION_TOKENS = 16
+"""A section is not begun where less of the budget is left: a few words tell nothing."""
+DIGEST_TOKENS = 60
+"""Of an item's description in a user's prompt."""
+
+
+def item_prompt(domain: Domain, facts: ItemFacts, page: Page | None, page_tokens: int) -> Prompt:
+    """The prompt of one item: grounded where a page with text is linked, closed-book otherwise (KELLMRec Table 2).
+
+    Args:
+        domain: templates and section order.
+        facts: of the item.
+        page: the linked page.
+        page_tokens: budget of page text, in estimated tokens.
+    """
+    factors = ", ".join(domain.item.factors)
+    fields = {
+        "title": _line(facts.name),
+        "year": str(facts.year) if facts.year is not None else "unknown",
+        "genres": _line(", ".join(facts.genres)) or "unknown",
+        "factors": factors,
+    }
+    if page is not None and page.has_text:
+        fields["page"] = _delimited("page", page_text(page, domain.sections, page_tokens))
+        user = domain.item.grounded
+    else:
+        user = domain.item.closed_book
+    return Prompt(domain.item.system.format(factors=factors), user.format_map(fields), facts)
+
+
+def page_text(page: Page, sections: Sequence[str], tokens: int) -> str:
+    """Page text within a budget of estimated tokens: the lead, then sections as `sections` orders them.
+
+    The text that no longer fits is cut at a sentence; what follows it is left out. One line a section, its name first.
+    """
+    lines: list[str] = []
+    for name, text in page.ordered(sections):
+        left = tokens - sum(map(estimate_tokens, lines))
+        if left < MIN_SECTION_TOKENS:
+            break
+        lines.append(cut_to_tokens(f"{name}: {squeeze(text)}" if name else text, left))
+    return as_data("\n".join(lines))
+
+
+def user_prompt(domain: Domain, facts: UserFacts, descriptions: Sequence[str], profile_tokens: int) -> Prompt:
+    """The prompt of one user: who it is, the history in time order, and what its items are (KELLMRec Table 2).
+
+    Args:
+        domain: templates.
+        facts: demographics and history; nothing later than the history's cut may be in them.
+        descriptions: of the history's items, in the same order; empty where there is none.
+        profile_tokens: budget of history and descriptions together, in estimated tokens. The newest are kept: first
+            as many events as fit, then as many digests.
+    """
+    left = profile_tokens
+    lines: list[str] = []
+    for event in reversed(facts.events):
+        line = as_data(f"- {squeeze(_said(event))}")
+        if (left := left - estimate_tokens(line)) < 0:
+            break
+        lines.append(line)
+    digests: list[str] = []
+    for description in list(reversed(descriptions))[: len(lines)]:
+        digest = as_data(cut_to_tokens(description, DIGEST_TOKENS))
+        if not digest:
+            continue
+        if (left := left - estimate_tokens(digest) - 1) < 0:
+            break
+        digests.append(f"- {digest}")
+    factors = ", ".join(domain.user.factors)
+    fields = {
+        "demographics": _line(facts.who),
+        "history": _delimited("history", "\n".join(reversed(lines))),
+        "descriptions": _delimited("descriptions", "\n".join(reversed(digests))),
+        "factors": factors,
+    }
+    return Prompt(domain.user.system.format(factors=factors), domain.user.prompt.format_map(fields), facts)
+
+
+def prompt_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int) -> str:
+    """SHA-256 of everything that shapes the text: template version, model, revision, sampling, limit, and the prompt
+    in the form that the engine reads (rendered text for a language model, facts for templates)."""
+    read: object = [prompt.system, prompt.user] if engine.source == "llm" else dataclasses.asdict(prompt.facts)
+    parts = [domain.name, domain.version, engine.model_id, engine.revision, engine.sampling, max_tokens, read]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _said(event: Event) -> str:
+    rating = "" if event.rating is None else f"rated {event.rating:g}, "
+    return f"{event.name}: {rating}{'liked' if event.liked else 'not liked'}"
+
+
+def _line(text: str) -> str:
+    return squeeze(as_data(text))
+
+
+def _delimited(tag: str, text: str) -> str:
+    return f"<{tag}>\n{text}\n</{tag}>"

@@ -1,0 +1,157 @@
+"""A run made by hand: 12 items, two genres, vectors in known directions, and text that tries to break out."""
+
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from kellm_features import schemas
+from kellm_features.artifacts import Manifest, digest, hash_outputs, write_manifest
+
+HOSTILE = "<script>alert('x')</script>"
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+LABELS = {1: "One", 2: f"Two {HOSTILE}", 3: "Three"}
+RAW_DEGREES = [0, 10, 25, 45, 70, 100, 135, 175, 220, 270, 300, 330]
+"""Raw encoding of item n is the unit vector at RAW_DEGREES[n - 1]."""
+ADAPTED_DEGREES = [0, 90, 25, 110, 70, 4, 135, 175, 220, 270, 2, 330]
+
+
+def table(rows: list[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
+    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema)
+
+
+def unit(degrees: float) -> list[float]:
+    return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+
+
+def finish(run: Path, stage: str, **figures: object) -> None:
+    outputs = hash_outputs(run / stage)
+    fields: dict[str, object] = {
+        "rows_in": 20, "rows_out": 12, "dropped": {}, "seconds": 1.25, "cpu_seconds": 2.5, "peak_mib": 100.0,
+    }  # fmt: skip
+    manifest = Manifest.model_validate(
+        {
+            "stage": stage, "run_id": f"run-{stage}", "version": "0.1.0", "created": NOW, "config": {},
+            "config_hash": "c", "inputs": {}, "files": {}, "split_hash": "s", "outputs": outputs,
+            "output_hash": digest(outputs), **fields, **figures,
+        }
+    )  # fmt: skip
+    write_manifest(run / stage, manifest)
+
+
+def make_ingest(run: Path) -> None:
+    items = [(n, LABELS.get(n, f"Item {n}"), 1990 + n, ["Drama" if n % 2 else "Comedy", "War"]) for n in range(1, 13)]
+    schemas.write_table(table(items, schemas.ITEMS.arrow()), run / "ingest/items.parquet", schemas.ITEMS)
+    events = []
+    for user in range(1, 7):  # item 1: 6 train rows, 2: 5, 3 and 4: 4, 5: 3; item 12 only in test
+        liked_items = [item for item, count in ((1, 6), (2, 5), (3, 4), (4, 4), (5, 3)) if user <= count]
+        events += [(user, item, 4.0, True, NOW, "train") for item in liked_items]
+        events += [(user, 12, 5.0, True, NOW, "test")]
+    schemas.write_table(
+        table(events, schemas.INTERACTIONS.arrow()), run / "ingest/interactions.parquet", schemas.INTERACTIONS
+    )
+    users = [(user, None, None, None) for user in range(1, 7)]
+    schemas.write_table(table(users, schemas.USERS.arrow()), run / "ingest/users.parquet", schemas.USERS)
+    finish(run, "ingest", rows_in=12345, dropped={"item not in the catalogue": 42, "nothing": 0})
+
+
+def make_swing(run: Path) -> None:
+    item_pairs = [
+        (1, 11, 0.9, 5, 1), (1, 6, 0.8, 4, 2), (2, 11, 0.7, 3, 1), (3, 11, 0.6, 2, 1), (4, 2, 0.5, 2, 1),
+        (1, 2, 0.1, 1, 21),
+    ]  # fmt: skip
+    user_pairs = [(1, 2, 0.5, 2, 1), (2, 1, 0.5, 2, 1)]
+    for name, rows in (("item", item_pairs), ("user", user_pairs)):
+        path = run / f"swing/{name}_pairs.parquet"
+        schemas.write_table(table(rows, schemas.PAIRS.arrow()), path, schemas.PAIRS)
+    finish(run, "swing")
+
+
+def make_wiki(run: Path) -> None:
+    lead = f"One is a film {HOSTILE} about counting. " + "word " * 300
+    pages = [(7, f"One {HOSTILE}", None, None, False, lead, [], [], [], 1991), *(
+        (page, f"Page {page}", None, None, False, f"Lead {page}.", [], [], [], None) for page in (8, 9)
+    )]  # fmt: skip
+    schemas.write_table(table(pages, schemas.PAGES.arrow()), run / "wiki/pages.parquet", schemas.PAGES)
+    finish(run, "wiki")
+
+
+def make_link(run: Path) -> None:
+    rows = [
+        (1, 7, f"One {HOSTILE}", 0.75, "exact", f"Rival {HOSTILE}", None),
+        (2, 8, "Page 8", 1.0, "exact", None, None),
+        (3, 9, "Page 9", 0.91, "fuzzy", None, None),
+        (4, None, None, 0.5, None, None, f"tie {HOSTILE}"),
+        *((n, None, None, 0.0, None, None, "no page of that name") for n in range(5, 13)),
+    ]
+    schemas.write_table(table(rows, schemas.LINKS.arrow()), run / "link/links.parquet", schemas.LINKS)
+    finish(run, "link")
+
+
+def make_generate(run: Path) -> None:
+    rows = [
+        (n, f"Text {n} {HOSTILE}", "llm" if n in (1, 2, 4) else "template", "h", "SmolLM2-135M-Instruct")
+        for n in range(1, 13)
+    ]
+    path = run / "generate/item_descriptions.parquet"
+    schemas.write_table(table(rows, schemas.ITEM_DESCRIPTIONS.arrow()), path, schemas.ITEM_DESCRIPTIONS)
+    finish(run, "generate")
+
+
+def make_encode(run: Path) -> None:
+    rows = [(n, unit(degrees), "h", "encoder") for n, degrees in enumerate(RAW_DEGREES, 1)]
+    path = run / "encode/item_encodings.parquet"
+    schemas.write_table(table(rows, schemas.ITEM_ENCODINGS.arrow(dim=2)), path, schemas.ITEM_ENCODINGS)
+    finish(run, "encode")
+
+
+def make_train(run: Path) -> None:
+    (run / "train").mkdir()
+    steps = [{"step": n, "epoch": 1, "loss": 1.0, "ctr": 0.7 - n / 100, "uu": 9.0 - n, "ii": 8.0 - n} for n in range(4)]
+    epochs = [{"epoch": n, "valid_auc": auc, "loss": 1.0} for n, auc in ((1, 0.61), (2, 0.6489), (3, 0.64))]
+    curves = {"steps": steps, "epochs": epochs, "best_epoch": 2}
+    (run / "train/curves.json").write_text(json.dumps(curves))
+    parts = {
+        "valid": {"auc": 0.6489, "log_loss": 0.61, "gauc": 0.6},
+        "test": {"auc": 0.6377, "log_loss": 0.6213, "gauc": 0.5921},
+    }
+    (run / "train/metrics.json").write_text(json.dumps(parts))
+    finish(run, "train")
+
+
+def make_export(run: Path) -> None:
+    rows = [
+        (n, [2 * x for x in unit(degrees)], "v-123", "m", "h", NOW, NOW) for n, degrees in enumerate(ADAPTED_DEGREES, 1)
+    ]
+    path = run / "export/item_embeddings.parquet"
+    schemas.write_table(table(rows, schemas.ITEM_EMBEDDINGS.arrow()), path, schemas.ITEM_EMBEDDINGS)
+    finish(run, "export")
+
+
+def make_publish(run: Path) -> None:
+    (run / "publish").mkdir()
+    finish(run, "publish", notes={"repo": "/data/feature repo"}, seconds=1000.5)
+
+
+MAKERS = {
+    "ingest": make_ingest, "swing": make_swing, "wiki": make_wiki, "link": make_link, "generate": make_generate,
+    "encode": make_encode, "train": make_train, "export": make_export, "publish": make_publish,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Make a run directory with the named stages, all by default."""
+
+    def make(*stages: str) -> Path:
+        run = tmp_path / "runs" / "small"
+        run.mkdir(parents=True)
+        for stage in stages or tuple(MAKERS):
+            MAKERS[stage](run)
+        return run
+
+    return make
