@@ -163,9 +163,9 @@ class TrainSettings(Section):
     hidden: PositiveInt = 256
     dim: Annotated[int, Field(gt=0, le=4096, description="length of the served embedding")] = 64
     activation: Literal["gelu", "relu"] = "gelu"
-    epochs: PositiveInt = 6
-    batch_size: PositiveInt = 1024
-    learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the backbone")] = 1e-3
+    epochs: PositiveInt = 8
+    batch_size: PositiveInt = 512
+    learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the backbone")] = 5e-4
     adapter_learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the adapters")] = 1e-3
     warmup_steps: Annotated[
         int, Field(ge=0, description="contrastive steps of the adapters before the joint training; 0: KELLMRec's schedule")
@@ -178,7 +178,7 @@ class TrainSettings(Section):
     top_k: Annotated[int, Field(gt=0, description="positives are drawn from this many SWING neighbours")] = 20
     field_dim: Annotated[int, Field(gt=0, description="width of the backbone's id and genre embeddings")] = 16
     weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
-    dropout: Annotated[float, Field(ge=0, lt=1, description="in the backbone's hidden layers")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="in the backbone's hidden layers")] = 0.5
     patience: Annotated[
         int, Field(ge=0, description="epochs without a better validation AUC before stopping; 0: never, keep the last")
     ] = 3

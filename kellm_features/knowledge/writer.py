@@ -108,8 +108,8 @@ class Writer:
         missing.sort(key=lambda key: (-len(prompts[key].user), key))
         tokens, started = 0, time.monotonic()
         with track(label, len(missing), "texts") as advance:
-            for start in range(0, len(missing), self.settings.batch_size):
-                shard = missing[start : start + self.settings.batch_size]
+            for start in range(0, len(missing), engine.shard_size):
+                shard = missing[start : start + engine.shard_size]
                 completions = self._complete(engine, [prompts[key] for key in shard])
                 self._store.append(dict(zip(shard, completions, strict=True)))
                 tokens += sum(c.completion_tokens for c in completions)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from kellm_kernels._dispatch import resolve_impl
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
 _MIN_NORM = 1e-12
 
 
@@ -57,12 +59,13 @@ def adapter_mlp(
             f"x {_shape(x)}, w1 {_shape(w1)}, b1 {_shape(b1)}, w2 {_shape(w2)}, b2 {_shape(b2)} do not fit: "
             "expected (..., D), (H, D), (H,), (E, H) and (E,)"
         )
-    z = F.linear(_ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+    z = functional.linear(_ACTIVATIONS[activation](functional.linear(x, w1, b1)), w2, b2)
     if not normalize:
         return z
     wide = z if z.dtype == torch.float64 else z.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_MIN_NORM)
-    return (wide / norm).to(z.dtype)
+    unit: Tensor = (wide / norm).to(z.dtype)
+    return unit
 
 
 def _shape(tensor: Tensor) -> str:

@@ -38,7 +38,7 @@ def info_nce_rows(
         block_rows: rows computed at once; None takes what fits `_BLOCK_ELEMENTS`.
     """
     rows = block_rows or max(1, _BLOCK_ELEMENTS // anchor.shape[0])
-    loss: Tensor = _InfoNCE.apply(anchor, positive, temperature, anchor_ids, positive_ids, rows)
+    loss: Tensor = _InfoNCE.apply(anchor, positive, temperature, anchor_ids, positive_ids, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -67,7 +67,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchor, positive, own, log_rest, anchor_ids, positive_ids = ctx.saved_tensors
         with torch.autocast(anchor.device.type, enabled=False):
             q, k = _wide(anchor), _wide(positive)

@@ -29,12 +29,10 @@ MIN_JAVA = 17
 RUNTIME_CONF = {
     # Timestamps mean the same on every machine.
     "spark.sql.session.timeZone": "UTC",
-    # Coalescing looks at bytes shuffled, not at work: it folded the SWING blocks into one task.
-    "spark.sql.adaptive.coalescePartitions.enabled": "false",
     # A dump's page may hold megabytes: the default of 10,000 rows makes Arrow batches of gigabytes.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "512",
 }
-"""Set on every session, ours or not; all three may be set while it runs."""
+"""Set on every session, ours or not; both may be set while it runs."""
 
 _scratch: Path | None = None
 
@@ -189,6 +187,8 @@ def _local_conf(settings: SparkSettings) -> dict[str, str]:
         "spark.local.dir": str(_scratch),
         # A laptop's tables are small: 200 (the default) means 200 tasks of no rows after every join.
         "spark.sql.shuffle.partitions": "8",
+        # With so few there is nothing to coalesce, and coalescing looks at bytes: it makes one task of long work.
+        "spark.sql.adaptive.coalescePartitions.enabled": "false",
         "spark.sql.parquet.compression.codec": "zstd",
         # Else pyspark notes the caller's line at every column, and logs failures as JSON on top of raising them.
         "spark.python.sql.dataFrameDebugging.enabled": "false",

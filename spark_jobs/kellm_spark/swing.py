@@ -43,8 +43,8 @@ PRESETS: dict[str, SwingParameters] = {
 
 BLOCKS_PER_CORE = 8
 """Blocks are equal in estimated cost only: with several a core, none is waited for."""
-MIN_BLOCK_COST = 1_000_000_000
-"""Measured: 0.03 CPU seconds; a task of less costs more to start than to run."""
+MIN_BLOCK_PAIRS = 20_000
+"""A block of fewer interactions takes a tenth of a second, less than what a task costs to start."""
 MAX_BLOCK_REACH = 50_000_000
 """Upper bound of the row entries that one block loads (8 bytes each), before rows are shared: 400 MB."""
 
@@ -125,24 +125,22 @@ def swing_pairs(
 
     parameters = swing_parameters(preset, alpha, alpha1, beta)
     _check_counts(side, top_k, min_user_items, max_user_items)
-    edges = _edges(interactions, min_user_items, max_user_items)
     witness, anchor = ("user_id", "item_id") if side == "item" else ("item_id", "user_id")
-    edges = edges.select(sf.col(witness).alias("witness"), sf.col(anchor).alias("anchor"))
-
-    rows = edges.groupBy("witness").agg(sf.collect_list("anchor").alias("row"))
-    degrees = edges.groupBy("witness").agg(sf.count("*").alias("degree"))
-    costs = (
-        edges.join(degrees, "witness").groupBy("anchor").agg(sf.count("*").alias("d"), sf.sum("degree").alias("reach"))
+    pairs, n_blocks = _prepare(interactions, witness, min_user_items, max_user_items)
+    rows = (
+        pairs.select(sf.col(witness).alias("witness"), sf.col(anchor).alias("anchor"))
+        .groupBy("witness")
+        .agg(sf.collect_set("anchor").alias("row"))
     )
+    edges = rows.select("witness", sf.size("row").cast("bigint").alias("degree"), sf.explode("row").alias("anchor"))
     # An upper bound of the work on one anchor: each of its witnesses meets each entry of their rows.
-    costs = costs.withColumn("cost", sf.col("d") * sf.col("reach"))
-    n_blocks = _block_count(costs)
+    costs = edges.groupBy("anchor").agg((sf.count("*") * sf.sum("degree")).alias("cost"))
     # One task sorts all anchors by cost (two numbers each); dealing them out back and forth keeps blocks level.
     turn = (sf.row_number().over(Window.orderBy(sf.desc("cost"), "anchor")) - 1) % (2 * n_blocks)
     blocks = costs.select("anchor", sf.least(turn, 2 * n_blocks - 1 - turn).alias("block"))
     needed = edges.join(blocks, "anchor").groupBy("witness", "block").agg(sf.collect_list("anchor").alias("anchors"))
     work = needed.join(rows, "witness").select("block", "witness", "row", "anchors")
-    id_type = dict(edges.dtypes)["anchor"]
+    id_type = dict(pairs.dtypes)[anchor]
     return (
         # More partitions than blocks, so that few get two.
         work.repartition(4 * n_blocks if n_blocks > 1 else 1, "block")
@@ -165,8 +163,10 @@ def _check_counts(side: str, top_k: int, min_user_items: int, max_user_items: in
         raise ConfigError(f"swing max_user_items is {max_user_items}; accepted: {min_user_items} (the minimum) or more")
 
 
-def _edges(interactions: DataFrame, min_user_items: int, max_user_items: int | None) -> DataFrame:
-    """Distinct (user_id, item_id) of the users kept; ids as int64 or string, checked."""
+def _prepare(
+    interactions: DataFrame, witness: str, min_user_items: int, max_user_items: int | None
+) -> tuple[DataFrame, int]:
+    """The checked rows of the users kept, with ids as int64 or string, and how many blocks to make of them."""
     from pyspark.sql import functions as sf
 
     seen = {field.name: field.dataType.simpleString() for field in interactions.schema.fields}
@@ -189,50 +189,53 @@ def _edges(interactions: DataFrame, min_user_items: int, max_user_items: int | N
     kept = sf.col("n") >= min_user_items
     if max_user_items is not None:
         kept = kept & (sf.col("n") <= max_user_items)
-    seen_rows = users.agg(
+    counts = users.agg(
         sf.sum("rows").alias("rows"),
         sf.sum(sf.when(sf.col("user_id").isNull(), sf.col("rows"))).alias("user_id"),
         sf.sum("no_item").alias("item_id"),
         sf.sum("n").alias("pairs"),
         sf.count("*").alias("users"),
         sf.count_if(kept).alias("kept"),
-    ).first()
-    assert seen_rows is not None
+        sf.sum(sf.col("n") * sf.col("n")).alias("reach"),
+    )
+    if witness == "item_id":
+        degrees = pairs.groupBy("item_id").agg(sf.count_distinct("user_id").alias("d"))
+        reach = degrees.agg(sf.sum(sf.col("d") * sf.col("d")).alias("reach"))
+        counts = counts.drop("reach").crossJoin(reach)
+    told = counts.first()
+    assert told is not None
     for name in ("user_id", "item_id"):
-        if seen_rows[name]:
+        if told[name]:
             raise DataError(
-                f"interactions: column '{name}' is null in {seen_rows[name]:,} of {seen_rows['rows']:,} rows; "
+                f"interactions: column '{name}' is null in {told[name]:,} of {told['rows']:,} rows; "
                 "drop or fill these rows first"
             )
-    if not seen_rows["kept"]:
+    if not told["kept"]:
         raise DataError(
-            f"interactions: nothing is left to pair: {seen_rows['rows'] or 0:,} rows, {seen_rows['pairs'] or 0:,} "
-            f"distinct, of {seen_rows['users']:,} users, all of whom have fewer than min_user_items={min_user_items}"
+            f"interactions: nothing is left to pair: {told['rows'] or 0:,} rows, {told['pairs'] or 0:,} "
+            f"distinct, of {told['users']:,} users, all of whom have fewer than min_user_items={min_user_items}"
             + (f" or more than max_user_items={max_user_items}" if max_user_items is not None else "")
             + " items; give more rows or widen the limits"
         )
-    distinct = pairs.distinct()
-    if seen_rows["kept"] == seen_rows["users"]:
-        return distinct
-    return distinct.join(users.where(kept).select("user_id"), "user_id", "left_semi")
+    if told["kept"] < told["users"]:
+        pairs = pairs.join(users.where(kept).select("user_id"), "user_id", "left_semi")
+    return pairs, _block_count(interactions, told["pairs"], told["reach"])
 
 
-def _block_count(costs: DataFrame) -> int:
-    """Blocks to make: several a core, more where one would load too many row entries, fewer for little work."""
-    from pyspark.sql import functions as sf
+def _block_count(frame: DataFrame, pairs: int, reach: int) -> int:
+    """Blocks to make: several a core, more where one would load too many row entries, fewer for few pairs.
 
-    total = costs.agg(
-        sf.count("*").alias("anchors"), sf.sum("reach").alias("reach"), sf.sum("cost").alias("cost")
-    ).first()
-    assert total is not None
-    session = costs.sparkSession
+    Args:
+        pairs: distinct interactions.
+        reach: Σ over anchors of the entries in their witnesses' rows, which is Σ degree² over witnesses.
+    """
+    session = frame.sparkSession
     # Spark Connect has no defaultParallelism; the shuffle partitions say how wide the operator runs things.
-    connect = type(costs).__module__.startswith("pyspark.sql.connect")
+    connect = type(frame).__module__.startswith("pyspark.sql.connect")
     width = int(session.conf.get("spark.sql.shuffle.partitions") or "8")
     cores = min(width, 64) if connect else session.sparkContext.defaultParallelism
-    busy = min(BLOCKS_PER_CORE * cores, math.ceil(total["cost"] / MIN_BLOCK_COST))
-    blocks = min(max(busy, math.ceil(total["reach"] / MAX_BLOCK_REACH)), total["anchors"])
-    return max(1, int(blocks))
+    busy = min(BLOCKS_PER_CORE * cores, math.ceil(pairs / MIN_BLOCK_PAIRS))
+    return max(busy, math.ceil(reach / MAX_BLOCK_REACH))
 
 
 def _block_function(parameters: SwingParameters, top_k: int) -> Callable[[pa.Table], pa.Table]:

@@ -86,7 +86,7 @@ class World:
         pages = [
             {
                 "wiki_page_id": 100 + i,
-                "wiki_title": dict((f[0], f[1]) for f in FILMS)[i],
+                "wiki_title": {f[0]: f[1] for f in FILMS}[i],
                 "is_disambiguation": False,
                 "lead": lead,
                 "sections": [{"name": n, "text": t} for n, t in SECTIONS.get(i, [])],
@@ -153,6 +153,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.model_id = "fake-1"
         self.revision = "a"
+        self.shard_size = 2
         self.asked: list[Prompt] = []
         self.answers: dict[str, str] = {}
         self.fail_after: int | None = None

@@ -36,7 +36,8 @@ def test_every_item_and_user_is_described(world, fake) -> None:
     }  # fmt: skip
     assert items[1]["model_id"] == "fake-1"
     assert items[4]["description"] == (
-        "Alien (1979) is a science fiction horror film (sci-fi) directed by Ridley Scott. A crew meets a hostile creature."
+        "Alien (1979) is a science fiction horror film (sci-fi) directed by Ridley Scott. "
+        "A crew meets a hostile creature."
     )
     assert items[5]["description"] == "Nobody Saw This is a film."
     assert users[4]["description"] == "A male viewer (writer, aged 50) without a known history."
@@ -82,7 +83,7 @@ def test_an_unfit_answer_falls_back_and_says_so(world, fake) -> None:
 
 
 def test_a_killed_run_resumes_with_what_is_missing(world, fake) -> None:
-    overrides = ("generate.limit=6", "generate.batch_size=2")
+    overrides = ("generate.limit=6",)
     fake.fail_after = 4  # two shards of two are done when it breaks
     with pytest.raises(EngineError, match="switched off"):
         generate.run(world.context("generate", *overrides))
@@ -185,7 +186,7 @@ def test_pages_without_a_column_are_refused(world, fake) -> None:
 def test_unknown_engine_and_model_are_named() -> None:
     with pytest.raises(EngineError, match=r"no engine 'gpt'; installed are: .*template.*transformers"):
         load_engine("gpt", GenerateSettings())
-    with pytest.raises(EngineError, match="'generate.model' is '/no/such': accepted are SmolLM2"):
+    with pytest.raises(EngineError, match=r"'generate.model' is '/no/such': accepted are SmolLM2"):
         load_engine("transformers", GenerateSettings(model="/no/such"))
 
 

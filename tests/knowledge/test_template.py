@@ -118,10 +118,10 @@ def test_demographics_of_what_is_known(known: tuple[str | None, ...], said: str)
 
 
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)
+genres = st.lists(words, max_size=3).map(tuple)
 events = st.builds(
-    Event, words, st.none() | st.integers(1900, 2030), st.lists(words, max_size=3).map(tuple), st.none() | st.floats(1, 5),
-    st.booleans(),
-)  # fmt: skip
+    Event, words, st.none() | st.integers(1900, 2030), genres, st.none() | st.floats(1, 5), st.booleans()
+)
 
 
 @settings(max_examples=60)

@@ -113,7 +113,7 @@ def test_duplicates_order_partitions_blocks_and_id_type_change_nothing(spark, mo
     edges = graph(2, 25, 20, 0.4)
     table = pd.DataFrame(edges, columns=["user_id", "item_id"])
     plain = rows(swing_pairs(spark.createDataFrame(table).coalesce(1), side="item"))
-    monkeypatch.setattr(swing, "MIN_BLOCK_COST", 100)  # 16 blocks where one would do
+    monkeypatch.setattr(swing, "MIN_BLOCK_PAIRS", 5)  # 16 blocks where one would do
     doubled = pd.concat([table, table.sample(frac=0.5, random_state=0)]).sample(frac=1, random_state=1)
     shuffled = rows(swing_pairs(spark.createDataFrame(doubled.astype("int32")).repartition(5), side="item"))
     assert shuffled == plain

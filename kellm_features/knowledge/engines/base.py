@@ -57,6 +57,10 @@ class Engine(Protocol):
         `llm`: system and user text; it is slow, and its completions are kept. `template`: `facts`; it is fast.
         """
 
+    @property
+    def shard_size(self) -> int:
+        """Requests that suit one call. The completions of a call are stored together: a kill loses one call's work."""
+
     def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """One completion per request, in order, none longer than `max_tokens` tokens.
 

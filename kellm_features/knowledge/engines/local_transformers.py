@@ -7,6 +7,7 @@ smoke-test model: it copies facts from a grounded prompt well and invents them i
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from kellm_features.artifacts import sha256_file
 from kellm_features.errors import EngineError, MissingExtraError
 from kellm_features.knowledge.engines.base import Completion, Prompt
 from kellm_features.knowledge.modelfiles import hash_model
+from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_LLM, package_file
 from kellm_features.settings import GenerateSettings, user_cache_dir
 
@@ -97,7 +99,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
     except OSError as error:
         if not target.exists():  # else another process was faster
             raise EngineError(f"{source} cannot be converted into {target}: {error}") from error
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a foreign file's parser may raise anything
         raise EngineError(f"{source} is not a GGUF model that transformers can read: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,6 +156,8 @@ class TransformersEngine:
             self._tokenizer.pad_token_id = self._stop[0]
         added = self._tokenizer.added_tokens_decoder.values()
         self._control = sorted({token.content for token in added if token.special}, key=len, reverse=True)
+        self._workers = cpu_workers() if self._device == "cpu" else 1
+        self.shard_size = batch_size * self._workers
         self._window: int = getattr(self._model.config, "max_position_embeddings", 1 << 30)
 
     def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
@@ -170,11 +174,15 @@ class TransformersEngine:
                 f"{self.model_id} reads: lower generate.page_tokens, generate.profile_tokens or generate.max_tokens"
             )
         order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), tokens[i]))
+        size = min(self._batch_size, math.ceil(len(order) / self._workers)) or 1
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        prompts = [[tokens[i] for i in batch] for batch in batches]
+        # On a GPU there is one worker, and one batch at a time.
+        answers = list(side_by_side(lambda batch: self._decode(batch, max_tokens), prompts, self._workers))
         completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            for i, completion in zip(batch, self._decode([tokens[i] for i in batch], max_tokens), strict=True):
-                completions[i] = completion
+        for batch, answered in zip(batches, answers, strict=True):
+            for i, answer in zip(batch, answered, strict=True):
+                completions[i] = self._completion(tokens[i], answer)
         return [completions[i] for i in range(len(tokens))]
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -203,28 +211,34 @@ class TransformersEngine:
             text = text.replace(token, " ")
         return text
 
-    def _decode(self, prompts: list[list[int]], max_tokens: int) -> list[Completion]:
+    def _decode(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """Answer tokens of one batch, padded on the left; runs in worker threads and touches no tokenizer."""
         import torch
 
-        padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self._device)
+        longest = max(map(len, prompts))
+        pad = self._tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         with torch.inference_mode():
             output = self._model.generate(
-                **padded,
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
                 eos_token_id=self._stop,
-                pad_token_id=self._tokenizer.pad_token_id,
+                pad_token_id=pad,
             )
-        completions = []
-        for prompt, answer in zip(prompts, output[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-            end = next((place for place, token in enumerate(answer) if token in self._stop), None)
-            text = self._tokenizer.decode(answer[:end], skip_special_tokens=True)
-            spent = len(answer) if end is None else end + 1
-            completions.append(Completion(text, len(prompt), spent, "length" if end is None else "stop"))
-        return completions
+        answers: list[list[int]] = output[:, longest:].tolist()
+        return answers
+
+    def _completion(self, prompt: list[int], answer: list[int]) -> Completion:
+        end = next((place for place, token in enumerate(answer) if token in self._stop), None)
+        text = self._tokenizer.decode(answer[:end], skip_special_tokens=True)
+        spent = len(answer) if end is None else end + 1
+        return Completion(text, len(prompt), spent, "length" if end is None else "stop")
 
 
 def _import(module: str) -> None:

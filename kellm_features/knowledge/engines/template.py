@@ -30,6 +30,7 @@ class TemplateEngine:
     revision = "1"
     sampling = "none"
     source: Literal["llm", "template"] = "template"
+    shard_size = 4096
 
     def __init__(self, settings: GenerateSettings | None = None) -> None:
         """Needs no settings; takes them as every engine's factory does."""
@@ -54,12 +55,17 @@ def describe_item(facts: ItemFacts, max_tokens: int) -> str:
     kind = list(facts.before_noun) + ([join_and(genres)] if genres and not facts.page_genre else [])
     noun = " ".join([*kind, facts.noun]) + (f" ({', '.join(genres)})" if genres and facts.page_genre else "")
     after = "".join(f"{' ' if place == 0 else ', '}{phrase}" for place, phrase in enumerate(facts.after_noun))
-    first = f"{facts.name} is {indefinite(noun)} {noun}{after}."
+    first = _ended(f"{facts.name} is {indefinite(noun)} {noun}{after}")
     rest = max_tokens - estimate_tokens(first)
     if rest < 0:
         return cut_to_tokens(first, max_tokens)
     more = take_sentences((s for s in facts.sentences if not _said_already(s, first)), rest - 1)
     return f"{first} {more}" if more else first
+
+
+def _ended(sentence: str) -> str:
+    """With one full stop at most: "... Shall We Dance?", "... starring Robert Downey Jr."."""
+    return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."
 
 
 def _said_already(sentence: str, first: str) -> bool:
@@ -86,10 +92,10 @@ def describe_user(facts: UserFacts, max_tokens: int) -> str:
     if genres := _disliked_genres(facts.events):
         closing.append(f"Rarely likes {join_and(genres)} {facts.plural}.")
     if disliked:
-        closing.append(f"Disliked {join_and(e.title for e in _ranked(disliked, worst=True)[:DISLIKED_TITLES])}.")
+        closing.append(_ended(f"Disliked {join_and(e.title for e in _ranked(disliked, worst=True)[:DISLIKED_TITLES])}"))
     names = [event.title for event in _ranked(liked)[:LIKED_TITLES]]
     for count in range(len(names), -1, -1):
-        middle = [f"Liked {join_and(names[:count])}."] if count else []
+        middle = [_ended(f"Liked {join_and(names[:count])}")] if count else []
         text = " ".join([opening, *middle, *closing])
         if estimate_tokens(text) <= max_tokens:
             return text
