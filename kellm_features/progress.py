@@ -58,7 +58,9 @@ def track(label: str, total: int, unit: str = "rows") -> Iterator[Advance]:
             task = bar.add_task(label, total=total, unit=unit, note="")
 
             def advance(amount: float = 1, note: str = "") -> None:
-                bar.update(task, advance=amount, **({"note": note} if note else {}))
+                bar.update(task, advance=amount)
+                if note:
+                    bar.update(task, note=note)
 
             yield advance
         return

@@ -65,12 +65,6 @@ class DataSettings(Section):
     columns: ColumnMap = ColumnMap()
     like_above: Annotated[float, Field(description="liked = rating > this (KELLMRec: 3)")] = 3.0
     split: Annotated[Literal["user", "time"], Field(description="user: 8:1:1 of users; time: global cuts")] = "user"
-    ties: Annotated[
-        Literal["strict", "shuffle"],
-        Field(
-            description="events at a user's history cut: strict drops targets tied with it; shuffle for coarse clocks"
-        ),
-    ] = "strict"
     train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.8
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     unknown_items: Annotated[
@@ -85,6 +79,16 @@ class DataSettings(Section):
                 "it must stay below 1 so that a test part is left"
             )
         return self
+
+
+class HistorySettings(Section):
+    """Which of a user's events are history (seen by profiles and models) and which are targets (labels)."""
+
+    max_events: Annotated[int, Field(ge=1, le=1000, description="events of history per user at most")] = 30
+    ties: Annotated[
+        Literal["strict", "shuffle"],
+        Field(description="at the history's end: strict drops targets tied with it; shuffle is for coarse clocks"),
+    ] = "strict"
 
 
 class SparkSettings(Section):
@@ -133,7 +137,6 @@ class GenerateSettings(Section):
     limit: Annotated[int | None, Field(ge=0, description="items for `engine`, most popular first; None: all")] = 100
     max_tokens: Annotated[int, Field(ge=8, le=4096)] = 96
     page_tokens: Annotated[int, Field(ge=32, le=32768, description="budget of page text in a prompt")] = 320
-    max_history: Annotated[int, Field(ge=1, le=1000, description="events in a user's profile")] = 30
     profile_tokens: Annotated[
         int, Field(ge=64, le=131072, description="budget of history and descriptions in a user's prompt")
     ] = 1024
@@ -168,7 +171,8 @@ class TrainSettings(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the backbone")] = 5e-4
     adapter_learning_rate: Annotated[float, Field(gt=0, lt=1, description="of the adapters")] = 1e-3
     warmup_steps: Annotated[
-        int, Field(ge=0, description="contrastive steps of the adapters before the joint training; 0: KELLMRec's schedule")
+        int,
+        Field(ge=0, description="contrastive steps of the adapters before the joint training; 0: KELLMRec's schedule"),
     ] = 600
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.03
     weight: Annotated[float, Field(ge=0, description="w of the contrastive terms")] = 0.004
@@ -198,6 +202,7 @@ class Settings(Section):
 
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
+    history: HistorySettings = HistorySettings()
     spark: SparkSettings = SparkSettings()
     swing: SwingSettings = SwingSettings()
     wiki: WikiSettings = WikiSettings()
@@ -277,6 +282,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 _PATH_KEYS = {"data": ("path", "interactions", "items", "users"), "wiki": ("dump",), "store": ("repo",)}
+_PATH_OR_NAME_KEYS = {"generate": ("domain", "model"), "encode": ("model",)}
+"""Names of something shipped, or paths; a relative path is told by its slash or suffix."""
 
 
 def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -287,6 +294,13 @@ def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             assert isinstance(section, dict)
             if isinstance(section.get(key), str):
                 section[key] = str(folder / Path(section[key]).expanduser())
+    for name, keys in _PATH_OR_NAME_KEYS.items():
+        section = resolved.get(name)
+        for key in keys if isinstance(section, dict) else ():
+            assert isinstance(section, dict)
+            value = section.get(key)
+            if isinstance(value, str) and ("/" in value or value.endswith((".toml", ".gguf"))):
+                section[key] = str(folder / Path(value).expanduser())
     return resolved
 
 

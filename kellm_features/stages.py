@@ -48,11 +48,11 @@ STAGES: tuple[StageSpec, ...] = (
         "generate",
         "kellm_features.knowledge.generate:run",
         ("ingest", "wiki", "link"),
-        ("run", "generate"),
+        ("run", "history", "generate"),
         "kellm_features.knowledge.generate:input_files",
     ),
     StageSpec("encode", "kellm_features.knowledge.encode:run", ("ingest", "generate"), ("encode",)),
-    StageSpec("train", "kellm_features.training.stage:run", ("ingest", "swing", "encode"), ("run", "train")),
+    StageSpec("train", "kellm_features.training.stage:run", ("ingest", "swing", "encode"), ("run", "history", "train")),
     StageSpec("export", "kellm_features.training.export:run", ("encode", "train"), ()),
     StageSpec(
         "publish",

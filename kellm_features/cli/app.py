@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -22,8 +23,17 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+PIPED_WIDTH = 110
+"""Columns where the output is no terminal: a log file has no width of its own."""
+
+
+def _console(stream: TextIO, *, stderr: bool) -> Console:
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+stderr = _console(sys.stderr, stderr=True)
+stdout = _console(sys.stdout, stderr=False)
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,7 +12,11 @@ from rich.text import Text
 from kellm_features.pipeline import StageOutcome
 from kellm_features.settings import Settings
 
-HEAD = 6
+if TYPE_CHECKING:
+    from kellm_features.report.neighbours import Neighbour
+    from kellm_features.store.fetch import FetchedEmbeddings
+
+HEAD = 4
 """Components of a vector that are printed."""
 
 
@@ -75,9 +80,9 @@ def neighbour_table(run_dir: Path, count: int = 5) -> Table:
 
     title = "Nearest neighbours before and after adaptation (• = one of the item's top SWING neighbours)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("item", max_width=26)
-    table.add_column("before: encoding of its text")
-    table.add_column("after: adapted embedding")
+    table.add_column("item", overflow="fold", max_width=24)
+    table.add_column("before: encoding of its text", overflow="ellipsis", no_wrap=True)
+    table.add_column("after: adapted embedding", overflow="ellipsis", no_wrap=True)
     for row in neighbours_before_after(run_dir, k=count):
         table.add_row(
             row.title,
@@ -87,9 +92,8 @@ def neighbour_table(run_dir: Path, count: int = 5) -> Table:
     return table
 
 
-def _neighbour(near: object) -> str:
-    mark = "•" if getattr(near, "is_swing", False) else " "
-    return f"{mark} {getattr(near, 'title', '')} {getattr(near, 'cosine', 0.0):.2f}"
+def _neighbour(near: Neighbour) -> str:
+    return f"{'•' if near.is_swing else ' '} {near.cosine:.2f} {near.title}"
 
 
 def fetched_vector(settings: Settings, run_dir: Path) -> RenderableType:
@@ -109,17 +113,19 @@ def fetched_vector(settings: Settings, run_dir: Path) -> RenderableType:
         Text("\nOne embedding, fetched back from the online store", style="italic"),
         vector_table(fetched),
         Text("\nThe same in code\n", style="italic"),
-        Text(code),
-        Text(f"\nor:  kellm fetch {item_id} --repo {settings.store.repo}"),
+        Text(code, no_wrap=True, overflow="ignore"),
+        Text(f"\nor:  kellm fetch {item_id} --repo {settings.store.repo}", no_wrap=True, overflow="ignore"),
     )
 
 
-def vector_table(fetched: object) -> Table:
+def vector_table(fetched: FetchedEmbeddings) -> Table:
     """Ids, found flags, version, age and the first components of fetched embeddings."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("id", "found", "version", "age", "embedding"):
-        table.add_column(name, no_wrap=True, overflow="fold")
-    rows = zip(fetched.ids, fetched.found, fetched.version, fetched.age_s, fetched.values, strict=True)  # type: ignore[attr-defined]
+    versions = [version for version in fetched.version if version]
+    for name, width in (("id", 4), ("found", 5), ("version", max(map(len, versions), default=7)), ("age", 6)):
+        table.add_column(name, no_wrap=True, min_width=width)
+    table.add_column("embedding", no_wrap=True)
+    rows = zip(fetched.ids, fetched.found, fetched.version, fetched.age_s, fetched.values, strict=True)
     for key, found, version, age_s, vector in rows:
         if not found:
             table.add_row(str(key), "no", "-", "-", "-")

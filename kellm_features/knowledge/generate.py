@@ -150,8 +150,8 @@ def _history(
     roles = assign_roles(
         interactions,
         split=settings.data.split,
-        max_history=settings.generate.max_history,
-        ties=settings.data.ties,
+        max_history=settings.history.max_events,
+        ties=settings.history.ties,
         seed=settings.run.seed,
     )
     known = roles[roles["role"].eq("history")]

@@ -246,7 +246,7 @@ def _examples(roles: pd.DataFrame, part: str) -> Examples:
         what = "no targets" if not len(seen) else f"{len(label)} targets, all {'liked' if seen[0] else 'not liked'}"
         raise DataError(
             f"the part '{part}' of the split has {what}: likes and dislikes are needed after each user's history; "
-            "give more interactions, or change data.like_above, data.ties or the fractions of the split"
+            "give more interactions, or change data.like_above, history.ties or the fractions of the split"
         )
     return Examples(
         torch.from_numpy(rows["user"].to_numpy()),

@@ -98,8 +98,8 @@ def read_inputs(ctx: StageContext) -> tuple[CtrData, dict[str, Encodings], dict[
         read_table(ctx.input("ingest", "items.parquet"), ITEMS),
         read_table(ctx.input("ingest", "users.parquet"), USERS),
         split=settings.data.split,
-        max_history=settings.generate.max_history,
-        ties=settings.data.ties,
+        max_history=settings.history.max_events,
+        ties=settings.history.ties,
         seed=settings.run.seed,
     )
     encodings = {
@@ -155,8 +155,8 @@ def build_model(
 def _key(ctx: StageContext) -> str:
     """Names the checkpoint: settings and inputs that shape the weights."""
     parts = {name: artifact.manifest.output_hash for name, artifact in ctx.inputs.items()}
-    parts["settings"] = ctx.settings.hash_of(("run", "train"))
-    parts["roles"] = f"{ctx.settings.data.split} {ctx.settings.data.ties} {ctx.settings.generate.max_history}"
+    parts["settings"] = ctx.settings.hash_of(("run", "history", "train"))
+    parts["roles"] = ctx.settings.data.split
     parts["version"] = f"{kellm_features.__version__} torch {torch.__version__}"
     return digest(parts)[:32]
 

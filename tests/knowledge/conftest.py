@@ -134,7 +134,7 @@ class World:
 
     @staticmethod
     def settings(*overrides: str) -> Settings:
-        return load_settings(None, ["generate.engine=fake", "generate.limit=3", "generate.max_history=3", *overrides])
+        return load_settings(None, ["generate.engine=fake", "generate.limit=3", "history.max_events=3", *overrides])
 
 
 @pytest.fixture

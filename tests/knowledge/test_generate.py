@@ -131,7 +131,7 @@ def test_only_changed_prompts_are_generated_again(world, fake) -> None:
 def test_no_profile_sees_an_event_behind_the_cut(world, fake, user_engine: str) -> None:
     """Targets of every user get other items and ratings, or vanish: the user table stays as it was."""
     # Item descriptions come from templates here: which items the model describes may follow train rows.
-    overrides = ("generate.limit=0", f"generate.user_engine={user_engine}", "generate.max_history=2")
+    overrides = ("generate.limit=0", f"generate.user_engine={user_engine}", "history.max_events=2")
     first = world.context("generate", *overrides)
     generate.run(first)
     table = pq.read_table(first.out / "user_descriptions.parquet")
