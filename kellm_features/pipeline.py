@@ -36,7 +36,6 @@ LOCK = ".lock"
 EXTRA_OF_MODULE = {
     "pyspark": "spark",
     "numba": "spark",
-    "rapidfuzz": "spark",
     "lxml": "spark",
     "feast": "feast",
     "pandas": "feast",

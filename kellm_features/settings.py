@@ -134,7 +134,7 @@ class GenerateSettings(Section):
     user_engine: str = "template"
     model: Annotated[str, Field(description="model of the transformers engine")] = "SmolLM2-135M-Instruct"
     domain: Annotated[str, Field(description="a shipped domain or the path of a TOML file")] = "movies"
-    limit: Annotated[int | None, Field(ge=0, description="items for `engine`, most popular first; None: all")] = 100
+    limit: Annotated[int | None, Field(ge=0, description="items for `engine`, most popular first; None: all")] = 110
     max_tokens: Annotated[int, Field(ge=8, le=4096)] = 96
     page_tokens: Annotated[int, Field(ge=32, le=32768, description="budget of page text in a prompt")] = 320
     profile_tokens: Annotated[

@@ -28,7 +28,7 @@ JAVA_ACCEPTED = (17, 21)
 
 EXTRAS = {
     "feast": ("feast", "duckdb", "pandas"),
-    "spark": ("pyspark", "numba", "rapidfuzz", "lxml"),
+    "spark": ("pyspark", "numba", "lxml"),
     "train": ("torch", "safetensors", "scikit-learn"),
     "encode": ("sentence-transformers", "transformers"),
     "llm": ("accelerate", "gguf"),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kellm_features.errors import ConfigError, EngineError, MissingExtraError
-from kellm_features.knowledge.modelfiles import hash_model
+from kellm_features.knowledge.modelfiles import hash_model, quiet_loading
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_ENCODER, package_file
 from kellm_features.settings import EncodeSettings
@@ -43,7 +43,8 @@ class Encoder:
         except ModuleNotFoundError as error:
             raise MissingExtraError("encode", "sentence_transformers", "The stage 'encode'") from error
         try:
-            self._model: Any = SentenceTransformer(str(folder), device=settings.device, local_files_only=True)
+            with quiet_loading():
+                self._model: Any = SentenceTransformer(str(folder), device=settings.device, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise EngineError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         self._batch_size = settings.batch_size

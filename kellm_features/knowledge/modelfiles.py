@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from kellm_features.artifacts import sha256_file
 
@@ -25,3 +29,16 @@ def hash_model(folder: Path) -> str:
     for name, path in model_files(folder).items():
         digest.update(f"{name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' own progress bars off the screen while a model loads."""
+    hf_logging: Any = import_module("transformers.utils.logging")
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

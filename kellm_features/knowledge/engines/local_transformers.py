@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ import psutil
 from kellm_features.artifacts import sha256_file
 from kellm_features.errors import EngineError, MissingExtraError
 from kellm_features.knowledge.engines.base import Completion, Prompt
-from kellm_features.knowledge.modelfiles import hash_model
+from kellm_features.knowledge.modelfiles import hash_model, quiet_loading
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_LLM, package_file
 from kellm_features.settings import GenerateSettings, user_cache_dir
@@ -88,7 +87,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
     # Since GGUF blocks can be computed on directly, unpacking has to be asked for.
     unpacked = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
     try:
-        with _quiet():
+        with quiet_loading():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source.parent, dtype=torch.bfloat16, quantization_config=unpacked, **options
             )
@@ -137,7 +136,7 @@ class TransformersEngine:
         self._batch_size = batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with _quiet():
+            with quiet_loading():
                 self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                     folder, padding_side="left", local_files_only=True
                 )
@@ -253,16 +252,3 @@ def _remove_abandoned(target: Path) -> None:
     for leftover in target.parent.glob(f"{target.name}.tmp-*"):
         if not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars off the screen while a model loads."""
-    hf_logging: Any = import_module("transformers.utils.logging")
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
