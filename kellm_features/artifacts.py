@@ -103,7 +103,7 @@ def sha256_file(path: Path) -> str:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path in the settings") from error
 
 
 def stamp_file(path: Path, known: FileStamp | None = None) -> FileStamp:
@@ -111,7 +111,7 @@ def stamp_file(path: Path, known: FileStamp | None = None) -> FileStamp:
     try:
         stat = path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path in the settings") from error
     if known and (known.path, known.size, known.mtime_ns) == (str(path), stat.st_size, stat.st_mtime_ns):
         return known
     return FileStamp(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256_file(path))

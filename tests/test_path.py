@@ -170,6 +170,13 @@ def test_stock_feast_returns_what_fetch_prints(folder: Path) -> None:
     assert ours[0]["version"] == exported.loc[50, "embedding_version"]
 
 
+def test_the_fetch_snippet_of_the_readme_runs(folder: Path) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0] + "\nprint([len(v) for v in rows['embedding']])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[64, 64, 64]"
+
+
 def test_repeating_skips_everything(folder: Path) -> None:
     told = kellm(folder, "run", "--out", "run")
     assert told.count("skipped: unchanged") == len(STAGE_NAMES)
