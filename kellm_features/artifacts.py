@@ -48,25 +48,25 @@ class Manifest(BaseModel):
     run_id: str
     version: str
     created: datetime
-    config: dict[str, Any]
     config_hash: str
-    inputs: dict[str, str]
-    """Upstream stage -> its output hash."""
-    files: dict[str, FileStamp]
-    """External input -> stamp."""
-    split_hash: str | None
-    outputs: dict[str, str]
-    """File below the stage's folder -> sha256."""
     output_hash: str
-    rows_in: int
-    rows_out: int
-    dropped: dict[str, int]
+    config: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    """Upstream stage -> its output hash."""
+    files: dict[str, FileStamp] = {}
+    """External input -> stamp."""
+    split_hash: str | None = None
+    outputs: dict[str, str] = {}
+    """File below the stage's folder -> sha256."""
+    rows_in: int = 0
+    rows_out: int = 0
+    dropped: dict[str, int] = {}
     """Reason -> rows."""
     models: dict[str, str] = {}
     """Model id -> revision or file hash."""
-    seconds: float
-    cpu_seconds: float
-    peak_mib: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_mib: float = 0.0
     notes: dict[str, Any] = {}
     """Figures for the report: coverage, metrics, hubness."""
 

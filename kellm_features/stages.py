@@ -51,7 +51,13 @@ STAGES: tuple[StageSpec, ...] = (
         ("run", "history", "generate"),
         "kellm_features.knowledge.generate:input_files",
     ),
-    StageSpec("encode", "kellm_features.knowledge.encode:run", ("ingest", "generate"), ("encode",)),
+    StageSpec(
+        "encode",
+        "kellm_features.knowledge.encode:run",
+        ("ingest", "generate"),
+        ("encode",),
+        "kellm_features.knowledge.encode:input_files",
+    ),
     StageSpec("train", "kellm_features.training.stage:run", ("ingest", "swing", "encode"), ("run", "history", "train")),
     StageSpec("export", "kellm_features.training.export:run", ("encode", "train"), ()),
     StageSpec(

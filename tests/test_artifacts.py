@@ -23,19 +23,8 @@ def manifest_of(content: str) -> Manifest:
         run_id=content,
         version="0",
         created=datetime.now(UTC),
-        config={},
         config_hash="",
-        inputs={},
-        files={},
-        split_hash=None,
-        outputs={},
         output_hash="",
-        rows_in=0,
-        rows_out=0,
-        dropped={},
-        seconds=0,
-        cpu_seconds=0,
-        peak_mib=0,
     )
 
 

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from kellm_features.artifacts import Artifact
 from kellm_features.errors import DataError
-from kellm_features.knowledge.encoder import Encoder
+from kellm_features.knowledge.encoder import Encoder, encoder_folder
 from kellm_features.knowledge.facts import known_genres
+from kellm_features.knowledge.modelfiles import model_files
 from kellm_features.knowledge.text import bare_title, titled
 from kellm_features.progress import track
 from kellm_features.schemas import (
@@ -31,9 +32,19 @@ from kellm_features.schemas import (
     read_table,
     write_table,
 )
+from kellm_features.settings import Settings
 from kellm_features.stages import StageContext, StageReport
 
 logger = logging.getLogger(__name__)
+
+
+def input_files(settings: Settings) -> dict[str, Path]:
+    """The encoder's files, so that an encoder edited in place makes the stage stale.
+
+    Raises:
+        ConfigError: `encode.model` names no encoder.
+    """
+    return {f"model/{name}": path for name, path in model_files(encoder_folder(settings.encode.model)).items()}
 
 
 def encoded_text(title: str, year: int | None, genres: Sequence[str], description: str) -> str:

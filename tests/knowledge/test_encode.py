@@ -12,7 +12,7 @@ from kellm_features.knowledge import encode, encoder, generate
 from kellm_features.knowledge.encode import encoded_text
 from kellm_features.knowledge.encoder import Encoder, encoder_folder
 from kellm_features.schemas import ITEM_ENCODINGS, read_table
-from kellm_features.settings import EncodeSettings
+from kellm_features.settings import EncodeSettings, load_settings
 
 TEXTS = [
     "Heat (1995). Action, Crime. A detective hunts thieves.",
@@ -119,3 +119,10 @@ def test_stage_writes_checked_tables_and_takes_over_what_is_unchanged(world, fak
 def test_unknown_encoder_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"'encode.model' is .*: accepted are all-MiniLM-L6-v2 or a folder"):
         Encoder(EncodeSettings(model=str(tmp_path)))
+
+
+def test_the_encoders_files_are_inputs_of_the_stage() -> None:
+    files = encode.input_files(load_settings())
+    assert all(path.is_file() for path in files.values())
+    assert {"model/config.json", "model/modules.json"} <= files.keys()
+    assert any(path.stat().st_size > 50_000_000 for path in files.values())  # the weights are among them

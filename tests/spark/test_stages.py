@@ -27,19 +27,8 @@ def artifact(path: Path, stage: str) -> Artifact:
         run_id="r",
         version="0",
         created=datetime.now(UTC),
-        config={},
         config_hash="",
-        inputs={},
-        files={},
-        split_hash=None,
-        outputs={},
         output_hash="",
-        rows_in=0,
-        rows_out=0,
-        dropped={},
-        seconds=0,
-        cpu_seconds=0,
-        peak_mib=0,
     )
     return Artifact(path, manifest)
 

@@ -35,19 +35,10 @@ def _manifest(stage: str, folder: Path) -> Manifest:
         run_id="test",
         version="0",
         created=datetime(2024, 1, 1, tzinfo=UTC),
-        config={},
         config_hash="",
-        inputs={},
-        files={},
         split_hash="split",
         outputs=outputs,
         output_hash=digest(outputs),
-        rows_in=0,
-        rows_out=0,
-        dropped={},
-        seconds=0,
-        cpu_seconds=0,
-        peak_mib=0,
     )
 
 
