@@ -65,7 +65,9 @@ def test_every_stage_is_a_command(tmp_path: Path) -> None:
 
 
 def test_init_writes_what_the_other_commands_read(tmp_path: Path) -> None:
-    assert kellm(tmp_path, "init", "mine").returncode == 0
+    done = kellm(tmp_path, "init", "mine")
+    assert done.returncode == 0
+    assert "under [data] in mine/kellm.toml" in done.stdout
     folder = tmp_path / "mine"
     assert {path.name for path in folder.iterdir()} == {"kellm.toml", "feature_repo"}
     done = kellm(folder, "ingest")
@@ -83,3 +85,9 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
     assert without.returncode == 2
     assert "missing" in without.stdout
     assert "openjdk-17-jre-headless" in without.stdout
+
+
+def test_brackets_in_titles_are_no_markup() -> None:
+    code = "from kellm_features.cli.app import stdout; stdout.print('[REC] (2007), kellm-features[feast]')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "[REC] (2007), kellm-features[feast]"

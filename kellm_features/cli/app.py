@@ -29,7 +29,8 @@ PIPED_WIDTH = 110
 
 def _console(stream: TextIO, *, stderr: bool) -> Console:
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(stderr=stderr, highlight=False, width=width)
+    # Results carry titles, ids and paths, whose brackets are not markup; messages on stderr are our own.
+    return Console(stderr=stderr, highlight=False, width=width, markup=stderr)
 
 
 stderr = _console(sys.stderr, stderr=True)

@@ -16,6 +16,7 @@ from typing import Annotated
 import psutil
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from kellm_features.cli.app import app, stdout
 from kellm_features.resources import EMBEDDED_ENCODER, EMBEDDED_LLM, MOVIELENS_100K
@@ -56,7 +57,7 @@ def doctor(
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("", "what", "seen", "what to do"):
         table.add_column(name, overflow="fold")
-    marks = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "note": "[yellow]note[/]"}
+    marks = {"ok": Text("ok", "green"), "missing": Text("missing", "red"), "note": Text("note", "yellow")}
     for finding in findings:
         table.add_row(marks[finding.state], finding.what, finding.seen, finding.remedy)
     stdout.print(table)

@@ -90,14 +90,15 @@ def rename_columns(
 
     Args:
         frame: as read.
-        mapping: our name -> the name in the file.
+        mapping: our name -> the name in the file. A file that has our name instead is taken as it is: one map serves
+            interactions, catalogue and users.
         needed: our names that must be there.
         where: the file, for the message.
 
     Raises:
         SchemaError: a needed column is missing.
     """
-    missing = [name for name in needed if mapping.get(name, name) not in frame.columns]
+    missing = [name for name in needed if not {mapping.get(name, name), name} & set(frame.columns)]
     if missing:
         names = ", ".join(f"'{mapping.get(name, name)}'" for name in missing)
         raise SchemaError(

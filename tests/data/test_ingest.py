@@ -94,7 +94,9 @@ def test_mapped_columns_strings_and_milliseconds(tmp_path: Path) -> None:
     frame = events().rename(columns={"user_id": "viewer", "rating": "stars"})
     frame["viewer"] = "u" + frame["viewer"].astype(str)
     frame["timestamp"] *= 1000
+    pd.DataFrame({"user_id": ["u1"], "age": ["25-34"]}).to_csv(tmp_path / "users.csv", index=False)  # our own name
     overrides = [*write(tmp_path, frame), "data.columns.user_id=viewer", "data.columns.rating=stars"]
+    overrides.append(f"data.users={tmp_path / 'users.csv'}")
     report = run(tmp_path, *overrides)
     table = pq.read_table(tmp_path / "interactions.parquet").to_pandas()
     assert report.notes["id_type"] == "string"
