@@ -162,9 +162,9 @@ def test_first_failure_leaves_nothing(toy: Path) -> None:
 
 
 def test_missing_package_names_the_extra(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyspark", None)
+    monkeypatch.setitem(pipeline.EXTRA_OF_MODULE, "absent_package", "spark")
     with pytest.raises(MissingExtraError, match=r"pip install 'kellm-features\[spark\]'"):
-        pipeline._load("pyspark.sql:SparkSession")
+        pipeline._load("absent_package.sql:SparkSession")
 
 
 def _run(stages: tuple[StageSpec, ...], run_dir: Path) -> None:
