@@ -79,10 +79,10 @@ def neighbour_table(run_dir: Path, count: int = 5) -> Table:
     from kellm_features.report.neighbours import neighbours_before_after
 
     title = "Nearest neighbours before and after adaptation (• = one of the item's top SWING neighbours)"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("item", overflow="fold", max_width=24)
-    table.add_column("before: encoding of its text", overflow="ellipsis", no_wrap=True)
-    table.add_column("after: adapted embedding", overflow="ellipsis", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("item", overflow="fold", width=20)
+    table.add_column("before: encoding of its text", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("after: adapted embedding", overflow="ellipsis", no_wrap=True, ratio=1)
     for row in neighbours_before_after(run_dir, k=count):
         table.add_row(
             row.title,
