@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
@@ -17,7 +18,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -31,9 +31,15 @@ class Advance(Protocol):
     def __call__(self, amount: float = 1, note: str = "") -> None: ...
 
 
-class _Rate(ProgressColumn):
+class _RateAndEta(ProgressColumn):
+    """Over the whole time so far: rich's own columns look 30 s back, and know nothing where a step takes longer."""
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.1f} {task.fields['unit']}/s", style="cyan")
+        rate = task.completed / task.elapsed if task.elapsed else 0.0
+        if not rate:
+            return Text("")
+        left_s = (task.remaining or 0) / rate
+        return Text(f"{rate:,.1f} {task.fields['unit']}/s, {timedelta(seconds=round(left_s))} left", style="cyan")
 
 
 @contextmanager
@@ -50,8 +56,7 @@ def track(label: str, total: int, unit: str = "rows") -> Iterator[Advance]:
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
+            _RateAndEta(),
             TextColumn("{task.fields[note]}", style="dim"),
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
