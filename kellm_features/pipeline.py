@@ -41,7 +41,7 @@ EXTRA_OF_MODULE = {
     "pandas": "feast",
     "torch": "train",
     "safetensors": "train",
-    "sklearn": "train",
+    "sklearn": "report",
     "transformers": "llm",
     "gguf": "llm",
     "sentence_transformers": "encode",

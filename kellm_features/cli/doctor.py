@@ -30,10 +30,10 @@ JAVA_ACCEPTED = (17, 21)
 EXTRAS = {
     "feast": ("feast", "duckdb", "pandas"),
     "spark": ("pyspark", "numba", "lxml"),
-    "train": ("torch", "safetensors", "scikit-learn"),
+    "train": ("torch", "safetensors"),
     "encode": ("sentence-transformers", "transformers"),
     "llm": ("accelerate", "gguf"),
-    "report": ("jinja2",),
+    "report": ("jinja2", "scikit-learn"),
 }
 QUICKSTART_PACKAGES = (MOVIELENS_100K, EMBEDDED_ENCODER, EMBEDDED_LLM)
 
