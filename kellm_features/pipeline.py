@@ -213,9 +213,8 @@ def _input_files(spec: StageSpec, settings: Settings) -> dict[str, Path]:
 
 def _changed_keys(manifest: Manifest, settings: Settings, spec: StageSpec) -> Iterator[str]:
     for section in spec.sections:
-        now = getattr(settings, section).model_dump(mode="json")
         before = manifest.config.get(section, {})
-        for key, value in now.items():
+        for key, value in settings.shaping(section).items():
             if before.get(key) != value:
                 yield f"{section}.{key} was {before.get(key)!r}, is {value!r}"
 

@@ -214,8 +214,12 @@ class Settings(Section):
 
     def hash_of(self, sections: Iterable[str]) -> str:
         """SHA-256 over the named sections, without paths (inputs are hashed themselves) and tuning knobs."""
-        picked = {name: _shaping(getattr(self, name)) for name in sorted(sections)}
+        picked = {name: self.shaping(name) for name in sorted(sections)}
         return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()
+
+    def shaping(self, section: str) -> dict[str, Any]:
+        """The keys of a section that shape its stage's rows, with their values."""
+        return _shaping(getattr(self, section))
 
 
 def _shaping(section: Section) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def test_a_stage_before_its_input(toy: Path) -> None:
 
 def test_a_stage_on_a_stale_input(toy: Path) -> None:
     go(toy)
-    with pytest.raises(ArtifactError, match=r"'c' would build on .*train.dim was 64, is 3"):
-        go(toy, "train.dim=3", first="c")
+    with pytest.raises(ArtifactError, match=r"'c' would build on .*train.dim was 64, is 3\)"):
+        go(toy, "train.dim=3", "train.device=cpu", first="c")  # a device shapes no rows and is not told
 
 
 def test_other_split_is_refused(toy: Path) -> None:
