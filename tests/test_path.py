@@ -71,9 +71,14 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from kellm_features.cli import main; main()", *words]
     environment = {**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def kellm(folder: Path, *words: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import Annotated, TextIO
 
 import typer
@@ -69,8 +70,8 @@ def _options(
 
 def main() -> None:
     """Run the command line; a `KellmError` ends in one line and exit code 2."""
-    from kellm_features.cli import doctor, fetch, init, run  # noqa: F401  (they register their commands)
-
+    for commands in ("doctor", "fetch", "init", "run"):  # each registers its commands with `app`
+        import_module(f"kellm_features.cli.{commands}")
     debug = "--debug" in sys.argv
     try:
         app()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +23,7 @@ HEAD = 4
 def stage_table(outcomes: list[StageOutcome]) -> Table:
     """Stages with rows in, out and dropped, seconds and memory; times of a skipped stage are its last run's."""
     table = Table(title="Stages", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
         ("stage", "left"),
         ("rows in", "right"),
         ("rows out", "right"),
@@ -32,8 +32,9 @@ def stage_table(outcomes: list[StageOutcome]) -> Table:
         ("CPU s", "right"),
         ("peak MiB", "right"),
         ("", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    )
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
     for outcome in outcomes:
         manifest = outcome.artifact.manifest
         table.add_row(

@@ -49,6 +49,7 @@ class Encoder:
             raise EngineError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         self._batch_size = settings.batch_size
         self._workers = cpu_workers() if self._model.device.type == "cpu" else 1
+        # Wrapped on the instance: its class comes from a lazy import, so there is nothing to subclass up here.
         self._model.preprocess = _one_at_a_time(self._model.preprocess)  # type: ignore[method-assign]
         self._unit = any(type(module).__name__ == "Normalize" for module in self._model)
         name = settings.model if settings.model == EMBEDDED_MODEL else folder.name

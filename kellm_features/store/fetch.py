@@ -25,7 +25,7 @@ IDS_PER_REQUEST = 10_000
 class FetchedEmbeddings:
     """Embeddings in the order of the ids asked for. A missing one is a row of NaN, never of zeros."""
 
-    ids: list[str] | list[int]
+    ids: list[str | int]
     """N ids in the entity's type."""
     values: NDArray[np.float32]
     """(N, E) float32; E is 0 where nothing is published for any id and no publication tells the length."""
@@ -82,7 +82,7 @@ def fetch_embeddings(repo: Path, ids: Sequence[str | int], *, view: str = ITEM_E
             ) from error
     event = np.array(columns["embedding__ts"], dtype=np.float64)
     return FetchedEmbeddings(
-        ids=keys,  # type: ignore[arg-type]  # all of one type, by the entity
+        ids=keys,
         values=values,
         found=found,
         version=[name if there else None for name, there in zip(columns["embedding_version"], found, strict=True)],

@@ -77,7 +77,8 @@ def load_adapters(path: Path) -> tuple[nn.ModuleDict, AdapterMeta]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = AdapterMeta.model_validate_json((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         sides = sorted({name.partition(".")[0] for name in tensors})
         adapters = nn.ModuleDict(
             {

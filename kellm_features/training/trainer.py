@@ -161,7 +161,7 @@ class Trainer:
                 values = _named({"loss": self.model.weight * total, **terms})
                 self._require_finite(0, step, values)
                 optimizer.zero_grad(set_to_none=True)
-                total.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(total)
                 optimizer.step()
                 if step % every == 0:
                     self.history.steps.append({"step": step - steps, "epoch": 0, **values})
@@ -207,7 +207,7 @@ class Trainer:
         sides = {side: self._side(side, ids[side], generator) for side in self.model.adapters}
         loss = self.model.loss(features, sides, label.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss.total)
         self.optimizer.step()
         return _named({"loss": loss.total, "ctr": loss.ctr, **loss.contrastive})
 

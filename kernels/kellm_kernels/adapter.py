@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kellm_kernels._dispatch import resolve_impl
+from kellm_kernels._dispatch import check_impl
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
 _MIN_NORM = 1e-12
@@ -42,9 +42,8 @@ def adapter_mlp(
 
     Raises:
         ValueError: shapes that do not fit, or an unknown activation or impl.
-        NotImplementedError: `impl="triton"`.
     """
-    resolve_impl(impl)
+    check_impl(impl)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; accepted: {', '.join(map(repr, _ACTIVATIONS))}")
     if w1.dim() != 2 or w2.dim() != 2 or x.dim() < 1:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kellm_kernels._dispatch import resolve_impl
+from kellm_kernels._dispatch import check_impl
 from kellm_kernels.reference import info_nce_rows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,9 +57,8 @@ def info_nce(
     Raises:
         ValueError: shapes, devices or values that do not fit.
         TypeError: dtypes that do not fit.
-        NotImplementedError: `impl="triton"`.
     """
-    resolve_impl(impl)
+    check_impl(impl)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is unknown; accepted: {', '.join(map(repr, REDUCTIONS))}")
     if not (math.isfinite(temperature) and temperature > 0):

@@ -38,6 +38,7 @@ def info_nce_rows(
         block_rows: rows computed at once; None takes what fits `_BLOCK_ELEMENTS`.
     """
     rows = block_rows or max(1, _BLOCK_ELEMENTS // anchor.shape[0])
+    # torch declares no types for Function.apply
     loss: Tensor = _InfoNCE.apply(anchor, positive, temperature, anchor_ids, positive_ids, rows)  # type: ignore[no-untyped-call]
     return loss
 

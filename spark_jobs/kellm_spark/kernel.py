@@ -17,7 +17,9 @@ import numpy.typing as npt
 from numba import njit
 
 Float = npt.NDArray[np.float64]
+Float32 = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 
 TILE_ROWS = 256
 """Rows of G at a time: 256 x 20,000 witnesses are 40 MB."""
@@ -149,7 +151,7 @@ def _top(score: Float, columns: Int, top_k: int) -> tuple[Int, Float]:
 
 
 @njit(cache=True)
-def _neighborhood(indptr, columns, rows, anchor, slot):  # type: ignore[no-untyped-def]  # numba compiles it
+def _neighborhood(indptr: Int, columns: Int, rows: Int, anchor: np.int64, slot: Int) -> tuple[Int, Int]:
     """The columns of these rows but the anchor, ascending, and how many rows have each."""
     total = 0
     for u in rows:
@@ -173,7 +175,16 @@ def _neighborhood(indptr, columns, rows, anchor, slot):  # type: ignore[no-untyp
 
 
 @njit(cache=True)
-def _split(indptr, columns, rows, anchor, slot, counts, n_dense, matrix):  # type: ignore[no-untyped-def]
+def _split(
+    indptr: Int,
+    columns: Int,
+    rows: Int,
+    anchor: np.int64,
+    slot: Int,
+    counts: Int,
+    n_dense: int,
+    matrix: Float32,
+) -> tuple[tuple[Int, Int], Int, Int32]:
     """Fill the dense matrix; return the tail as rows (indptr, slots) and as columns (indptr, local rows)."""
     n = counts.shape[0]
     list_indptr = np.zeros(n - n_dense + 1, dtype=np.int64)
@@ -203,21 +214,21 @@ def _split(indptr, columns, rows, anchor, slot, counts, n_dense, matrix):  # typ
 
 
 @njit(cache=True)
-def _tile(  # type: ignore[no-untyped-def]
-    row_indptr,
-    row_slots,
-    list_rows,
-    list_indptr,
-    cursor,
-    first,
-    last,
-    common,
-    weights,
-    alpha,
-    G,
-    score,
-    n_dense,
-):
+def _tile(
+    row_indptr: Int,
+    row_slots: Int,
+    list_rows: Int32,
+    list_indptr: Int,
+    cursor: Int,
+    first: int,
+    last: int,
+    common: Float32,
+    weights: Float,
+    alpha: float,
+    G: Float,
+    score: Float,
+    n_dense: int,
+) -> None:
     """Finish C for rows first..last, turn it into G above the diagonal, add the tail's scores.
 
     `cursor` points behind the last row that was walked in each column list, so only pairs u < v are met.

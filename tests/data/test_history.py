@@ -1,3 +1,5 @@
+from typing import Any, Literal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +12,8 @@ def frame(rows: list[tuple[int, int, int, str]]) -> pd.DataFrame:
     return table.assign(event_timestamp=pd.to_datetime(table["second"], unit="s", utc=True), liked=True, rating=4.0)
 
 
-def roles(table: pd.DataFrame, **options: object) -> dict[int, str]:
-    marked = assign_roles(table, **{"split": "user", "max_history": 30, **options})  # type: ignore[arg-type]
+def roles(table: pd.DataFrame, **options: Any) -> dict[int, str]:
+    marked = assign_roles(table, **{"split": "user", "max_history": 30, **options})
     return dict(zip(marked["item_id"], marked["role"], strict=True))
 
 
@@ -36,12 +38,12 @@ def test_time_split_history_is_train_rows_only() -> None:
 
 
 @pytest.mark.parametrize("ties", ["strict", "shuffle"])
-def test_order_of_rows_does_not_matter_and_history_comes_first(ties: str) -> None:
+def test_order_of_rows_does_not_matter_and_history_comes_first(ties: Literal["strict", "shuffle"]) -> None:
     rng = np.random.default_rng(0)
     rows = [(int(rng.integers(9)), item, int(rng.integers(6)), "train") for item in range(200)]
     table = frame(rows)
-    marked = assign_roles(table, split="user", max_history=4, ties=ties)  # type: ignore[arg-type]
-    again = assign_roles(table.sample(frac=1, random_state=1), split="user", max_history=4, ties=ties)  # type: ignore[arg-type]
+    marked = assign_roles(table, split="user", max_history=4, ties=ties)
+    again = assign_roles(table.sample(frac=1, random_state=1), split="user", max_history=4, ties=ties)
     pd.testing.assert_frame_equal(marked, again)
     for _, user in marked.groupby("user_id"):
         history, targets = (user[user["role"] == role]["event_timestamp"] for role in ("history", "target"))

@@ -43,5 +43,5 @@ def test_bad_shapes_and_names_are_refused() -> None:
         adapter_mlp(good[0], good[1].T, *good[2:])
     with pytest.raises(ValueError, match="'tanh' is unknown"):
         adapter_mlp(*good, activation="tanh")
-    with pytest.raises(NotImplementedError, match="not built"):
+    with pytest.raises(ValueError, match="impl='triton' is unknown; accepted: 'auto', 'torch'"):
         adapter_mlp(*good, impl="triton")

@@ -139,7 +139,7 @@ def test_autocast_does_not_narrow_it() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"impl": "triton"}, NotImplementedError, "not built in this version"),
+        ({"impl": "triton"}, ValueError, "impl='triton' is unknown; accepted: 'auto', 'torch'"),
         ({"impl": "numpy"}, ValueError, "'numpy' is unknown"),
         ({"reduction": "max"}, ValueError, "accepted: 'mean', 'sum', 'none'"),
         ({"temperature": 0.0}, ValueError, "above 0"),
