@@ -7,6 +7,11 @@ The command line prints that line and exits with 2; `--debug` adds the trace.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its kind where it says nothing."""
+    return str(error).partition("\n")[0].strip() or type(error).__name__
+
+
 class KellmError(Exception):
     """Base of every error that this project raises on purpose."""
 

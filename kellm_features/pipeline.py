@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -232,8 +233,6 @@ def _load(target: str) -> Any:
 
 
 def _stop_spark() -> None:
-    import sys
-
     if "kellm_spark.session" in sys.modules:
         _load("kellm_spark.session:stop_session")()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,8 +108,6 @@ def _matches(wanted: pa.DataType | str, seen: pa.DataType) -> bool:
         )
     return bool(wanted == seen)
 
-
-Split = Literal["train", "valid", "test"]
 
 INTERACTIONS = TableSchema(
     "interactions",

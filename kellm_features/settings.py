@@ -23,7 +23,6 @@ Tuning = Field(json_schema_extra={"tuning": True})
 """Marks a setting that changes speed or memory and never the rows: it is left out of the config hash."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {
     f"kellm_features.{name}"
-    for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources")
+    for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources", "java")
 } | {"kellm_features"}
 HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas")
 

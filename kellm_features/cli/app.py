@@ -12,6 +12,7 @@ from typing import Annotated, TextIO
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from kellm_features import __version__
 from kellm_features.errors import KellmError
@@ -78,14 +79,9 @@ def main() -> None:
     except KellmError as error:
         if debug:
             raise
-        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        line = " ".join(str(error).splitlines())
+        stderr.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stderr.print("\nstopped; finished stages are kept, and the next run goes on from there")
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(text.split("\n")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kellm_features.cli.app import app, stdout
+from kellm_features.java import SUPPORTED_JAVA, find_java
 from kellm_features.resources import EMBEDDED_ENCODER, EMBEDDED_LLM, MOVIELENS_100K
 
 NEEDED_DISK_GIB = 3.0
 """Quickstart: artefacts, converted language model, Spark's scratch space (measured: below 1 GiB)."""
 NEEDED_MEMORY_GIB = 6.0
-JAVA_ACCEPTED = (17, 21)
-"""What Spark 4 supports."""
 
 EXTRAS = {
     "feast": ("feast", "duckdb", "pandas"),
@@ -95,24 +93,10 @@ def _interpreter() -> Finding:
 
 
 def _java() -> Finding:
-    accepted = " or ".join(map(str, JAVA_ACCEPTED))
-    remedy = f"install a Java {accepted} runtime (Debian: apt-get install openjdk-17-jre-headless) or set JAVA_HOME"
-    java = java_binary()
-    if java is None:
-        return Finding("Java", "missing", "no java on PATH and no JAVA_HOME", remedy)
-    told = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    match = re.search(r'version "(\d+)', told)
-    version = int(match[1]) if match else 0
-    good = version in JAVA_ACCEPTED
-    return Finding("Java", "ok" if good else "missing", f"{version or told.strip()} at {java}", "" if good else remedy)
-
-
-def java_binary() -> str | None:
-    """The java that Spark would start: JAVA_HOME's, else the PATH's."""
-    import os
-
-    home = os.environ.get("JAVA_HOME")
-    return shutil.which("java", path=str(Path(home) / "bin")) if home else shutil.which("java")
+    java = find_java()
+    if java.remedy is None and java.version not in SUPPORTED_JAVA:
+        return Finding("Java", "missing", java.seen, f"install Java {' or '.join(map(str, SUPPORTED_JAVA))}")
+    return Finding("Java", "missing" if java.remedy else "ok", java.seen, java.remedy or "")
 
 
 def _version(package: str) -> str | None:

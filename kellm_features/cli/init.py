@@ -47,11 +47,10 @@ def settings_toml() -> str:
     """All settings as commented TOML, made from the models themselves; `data.format` is set to `table`."""
     settings = Settings.model_validate({"data": {"format": "table"}})
     blocks = []
-    for name, field in Settings.model_fields.items():
+    for name in Settings.model_fields:
         section = getattr(settings, name)
         doc = (type(section).__doc__ or "").strip().splitlines()[0]
         blocks.append(f"\n# {doc}\n[{name}]\n" + _section_toml(section, name))
-        assert field is not None
     return "".join(blocks)
 
 

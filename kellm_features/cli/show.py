@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kellm_features.pipeline import StageOutcome
 from kellm_features.settings import Settings
+from kellm_features.stages import stage_spec
 
 if TYPE_CHECKING:
     from kellm_features.report.neighbours import Neighbour
@@ -60,8 +61,6 @@ def plan_table(plan: list[tuple[str, str | None]]) -> Table:
     table.add_column("would")
     table.add_column("why")
     running: set[str] = set()
-    from kellm_features.stages import stage_spec
-
     for name, why in plan:
         after = [source for source in stage_spec(name).upstream if source in running]
         if why is None and after:

@@ -12,8 +12,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-Role = Literal["history", "target"]
-
 
 def assign_roles(
     interactions: pd.DataFrame,

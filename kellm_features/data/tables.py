@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from kellm_features.errors import DataError, SchemaError
+from kellm_features.errors import DataError, SchemaError, first_line
 
 SNIFFED_DELIMITERS = ",;\t|"
 
@@ -46,7 +46,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} is empty: a header line and at least one row are needed") from error
     except (OSError, ValueError) as error:
         kind = "Parquet" if path.is_dir() or ".parquet" in path.name else "CSV"
-        raise DataError(f"{path} is not readable {kind}: {_first_line(error)}") from error
+        raise DataError(f"{path} is not readable {kind}: {first_line(error)}") from error
     if frame.empty:
         raise DataError(f"{path} has no rows: at least one is needed")
     return frame
@@ -111,7 +111,3 @@ def rename_columns(
 def first_of(values: pd.Series) -> Any:
     """The first value as a plain Python object, for messages."""
     return values.tolist()[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kellm_features.errors import ConfigError, EngineError, MissingExtraError
+from kellm_features.errors import ConfigError, EngineError, MissingExtraError, first_line
 from kellm_features.knowledge.modelfiles import hash_model, quiet_loading
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_ENCODER, package_file
@@ -46,7 +46,7 @@ class Encoder:
             with quiet_loading():
                 self._model: Any = SentenceTransformer(str(folder), device=settings.device, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise EngineError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"the encoder in {folder} cannot be loaded: {first_line(error)}") from error
         self._batch_size = settings.batch_size
         self._workers = cpu_workers() if self._model.device.type == "cpu" else 1
         # Wrapped on the instance: its class comes from a lazy import, so there is nothing to subclass up here.

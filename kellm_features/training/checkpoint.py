@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kellm_features.errors import ArtifactError
+from kellm_features.errors import ArtifactError, first_line
 from kellm_features.training.adapter import Activation, Adapter
 
 _KEY = "kellm"  # one entry: safetensors writes several in an order that changes from run to run
@@ -88,8 +88,7 @@ def load_adapters(path: Path) -> tuple[nn.ModuleDict, AdapterMeta]:
         )
         adapters.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, ValidationError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
         raise ArtifactError(
-            f"{path} is not an adapter of this version of kellm ({first_line}): run  kellm run --from train"
+            f"{path} is not an adapter of this version of kellm ({first_line(error)}): run  kellm run --from train"
         ) from error
     return adapters.eval(), meta

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kellm_features.errors import ConfigError, DataError, KellmError, MissingExtraError
+from kellm_features.java import find_java
 from kellm_features.settings import SparkSettings
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 logger = logging.getLogger(__name__)
-
-MIN_JAVA = 17
-"""The oldest Java that Spark 4 starts on."""
 
 RUNTIME_CONF = {
     # Timestamps mean the same on every machine.
@@ -61,7 +59,9 @@ def get_session(settings: SparkSettings) -> SparkSession:
     if submitted or SparkSession.getActiveSession() is not None:
         session = SparkSession.builder.getOrCreate()
     else:
-        _check_java()
+        java = find_java()
+        if java.remedy:
+            raise KellmError(f"Spark needs Java: {java.seen}; {java.remedy}")
         builder = SparkSession.builder.appName("kellm")
         for key, value in {**_local_conf(settings), **settings.conf}.items():
             builder = builder.config(key, value)
@@ -69,7 +69,7 @@ def get_session(settings: SparkSettings) -> SparkSession:
             session = builder.getOrCreate()
             session.conf.get("spark.sql.shuffle.partitions")  # SQL settings are parsed on their first use
         except Exception as error:  # py4j's errors and pyspark's share no base
-            told = first_line(error)  # asks the JVM, so before that ends
+            told = spark_reason(error)  # asks the JVM, so before that ends
             stop_session()
             raise ConfigError(
                 f"Spark did not start with spark.master={settings.master!r}, spark.driver_memory="
@@ -147,7 +147,7 @@ def submit(job: Callable[[SparkSession], object]) -> int:
             with data_errors():
                 job(session)
         except AnalysisException as error:  # no such path, or an output that exists
-            raise DataError(first_line(error)) from error
+            raise DataError(spark_reason(error)) from error
     except KellmError as error:
         sys.stderr.write(f"{error}\n")
         return KellmError.exit_code
@@ -163,7 +163,7 @@ def read_table(session: SparkSession, path: str) -> DataFrame:
     return session.read.parquet(path)
 
 
-def first_line(error: BaseException) -> str:
+def spark_reason(error: BaseException) -> str:
     """The first line of an error's text that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("An error occurred while calling", "at "))]
@@ -200,19 +200,3 @@ def _local_conf(settings: SparkSettings) -> dict[str, str]:
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         conf[f"spark.executorEnv.{name}"] = "1"
     return conf
-
-
-def _check_java() -> None:
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=str(Path(home) / "bin") if home else None)
-    remedy = f"install Java {MIN_JAVA} or newer (Debian: apt install openjdk-17-jre-headless) or set JAVA_HOME"
-    if java is None:
-        where = f"JAVA_HOME={home} has no bin/java" if home else "no 'java' is on the PATH and JAVA_HOME is not set"
-        raise KellmError(f"Spark needs Java: {where}; {remedy}")
-    try:
-        told = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False).stderr
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KellmError(f"Spark needs Java, and {java} does not run ({error}); {remedy}") from error
-    version = re.search(r'version "(?:1\.)?(\d+)', told)
-    if version and int(version.group(1)) < MIN_JAVA:
-        raise KellmError(f"Spark needs Java {MIN_JAVA} or newer, and {java} is Java {version.group(1)}; {remedy}")

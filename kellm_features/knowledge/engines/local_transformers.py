@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from kellm_features.artifacts import sha256_file
-from kellm_features.errors import EngineError, MissingExtraError
+from kellm_features.errors import EngineError, MissingExtraError, first_line
 from kellm_features.knowledge.engines.base import Completion, Prompt
 from kellm_features.knowledge.modelfiles import hash_model, quiet_loading
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
@@ -145,7 +145,7 @@ class TransformersEngine:
                 )
             self._model = model.to(self._device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise EngineError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
         eos = self._model.generation_config.eos_token_id
         ids = {*(eos if isinstance(eos, list) else [eos]), self._tokenizer.eos_token_id} - {None}
         if not ids:
