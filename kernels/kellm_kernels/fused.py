@@ -1,0 +1,420 @@
+"""`impl="triton"`: the operators of `ops` as launches, at most eight for forward and backward together.
+
+Forward: `adapter_forward`, `contrast_rows`, `contrast_finish`. Backward: `contrast_columns`, `assemble`,
+`adapter_weights` and, where those sum in parts, `add_parts`; `adapter_encodings` only for encodings that take a
+gradient, and one sum for a temperature that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kellm_kernels.gpu import adapter as adapter_kernels
+from kellm_kernels.gpu import contrast as contrast_kernels
+from kellm_kernels.plan import AdapterPlan, ContrastPlan, Device, padded, plan_adapter, plan_contrast
+from kellm_kernels.problem import MIN_NORM, AdapterWeights, Contrast, Rows, Vectors, WeightGrads
+
+INTERPRETED = not isinstance(contrast_kernels.contrast_rows, triton.JITFunction)
+"""Kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
+
+_FINISH_BLOCK = 1024
+_ADD_BLOCK = 1024
+_ASSEMBLE_ELEMENTS = 8192  # of a tile, over 8 warps: 32 registers a thread
+_WARPS = 8
+
+
+def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0) -> tuple[Tensor, Rows]:
+    """The loss, () or (B,), and what backward needs; without `keep` the negatives' means are left out."""
+    vectors = _with_rows(vectors)
+    plan = _contrast_plan(vectors, problem.symmetric, hidden)
+    count, dim = vectors.anchor.shape
+    rows = empty_rows(vectors, symmetric=problem.symmetric, keep=keep, hidden=hidden)
+    with_means = keep and not problem.symmetric
+    parts = rows.parts
+    if not with_means:
+        parts = rows.own.new_empty(plan.row_parts, problem.directions, count)
+    loss = rows.own.new_empty((count,) if problem.reduction == "none" else ())
+    with _device_of(vectors.anchor):
+        _launch(
+            contrast_kernels.contrast_rows,
+            (triton.cdiv(count, plan.rows.m), plan.row_parts * triton.cdiv(dim, plan.block_e), problem.directions),
+            *_columns(vectors, problem), rows.own, parts, rows.means, *_counts(vectors, problem), problem.margin or 0.0,
+            E=dim, BLOCK_M=plan.rows.m, BLOCK_N=plan.rows.n, BLOCK_E=plan.block_e, MEANS=with_means,
+            **_options(vectors, problem), num_warps=plan.rows.warps, num_stages=plan.rows.stages,
+        )  # fmt: skip
+        _launch(
+            contrast_kernels.contrast_finish,
+            (triton.cdiv(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
+            rows.own, parts, _or(problem.log_q, loss), _or(problem.sample_weight, loss), problem.temperature,
+            loss, rows.log_rest, rows.pull, rows.inverse_weight, count, problem.start, plan.row_parts,
+            DIRECTIONS=problem.directions, LOG_Q=problem.log_q is not None,
+            WEIGHTED=problem.sample_weight is not None, TENSOR=isinstance(problem.temperature, Tensor),
+            REDUCTION=problem.reduction, BLOCK=_FINISH_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return loss, rows
+
+
+def empty_rows(vectors: Vectors, *, symmetric: bool, keep: bool, hidden: int = 0) -> Rows:
+    """`Rows` of the right shapes, unfilled."""
+    count, dim = vectors.anchor.shape
+    by_direction = (2 if symmetric else 1, count)
+    means: tuple[int, ...] = (0,)
+    parts: tuple[int, ...] = (0,)
+    if keep and not symmetric:
+        row_parts = _contrast_plan(vectors, symmetric, hidden).row_parts
+        means, parts = (row_parts, count, dim), (row_parts, 1, count)
+    shapes = ((count,), by_direction, by_direction, (), means, parts)
+    return Rows(*(vectors.anchor.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+
+def contrast_backward(
+    grad: Tensor, vectors: Vectors, problem: Contrast, rows: Rows, *, want_temperature: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of anchors, positives, negatives and, where wanted, temperature, in their dtypes."""
+    vectors, grad = _with_rows(vectors), grad.contiguous()
+    plan = _contrast_plan(vectors, problem.symmetric, 0)
+    d_anchor, d_positive = _empty(vectors.anchor), _empty(vectors.positive)
+    d_negatives = None if vectors.negatives is None else _empty(vectors.negatives)
+    with _device_of(grad):
+        sums = _column_sums(grad, vectors, problem, rows, plan, None)
+        d_temperature = _assemble(
+            grad, vectors, (None, None), problem, rows, plan, sums, None, (d_anchor, d_positive, d_negatives),
+            normalize=False, temperature=want_temperature,
+        )  # fmt: skip
+    return d_anchor, d_positive, d_negatives, d_temperature
+
+
+def adapt(towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Embeddings of each tower; lengths before normalisation (ΣR,) and, if kept, the hidden layer (ΣR, H)."""
+    towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
+    tile = _adapter_plan(towers, weights, 0).forward
+    total, x = sum(len(tower) for tower in towers), towers[0]
+    embeddings = [x.new_empty(len(tower), len(weights.w2), dtype=weights.dtype) for tower in towers]
+    norm = x.new_empty(total, dtype=torch.float32)
+    hidden = x.new_empty(total if keep else 0, len(weights.w1), dtype=weights.dtype)
+    with _device_of(x):
+        _launch(
+            adapter_kernels.adapter_forward,
+            (sum(triton.cdiv(len(tower), tile.m) for tower in towers),),
+            *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4], *_three(embeddings), norm, hidden,
+            **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(len(weights.w2)),
+            ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep, MIN_NORM=MIN_NORM,
+            **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return embeddings, norm, hidden
+
+
+def adapt_backward(
+    grad_z: Tensor, x: Tensor, z: Tensor, norm: Tensor, hidden: Tensor, weights: AdapterWeights, *, want_x: bool
+) -> tuple[Tensor | None, WeightGrads]:
+    """Gradients of x, where wanted, and of w1, b1, w2, b2, in their dtypes."""
+    x, weights, d_y = _rows_together(x), _contiguous(weights), _empty(z)
+    alone = Vectors(z, z[:0], None)
+    plan = _contrast_plan(alone, False, 0)
+    with _device_of(z):
+        _assemble(
+            None, alone, (grad_z.contiguous(), None), Contrast(1.0), None, plan, None, norm, (d_y, d_y, None),
+            normalize=weights.normalize, temperature=False,
+        )  # fmt: skip
+        (d_x,), d_weights = _weight_gradients(d_y, [x], hidden, weights, [want_x], 0)
+    return d_x, d_weights
+
+
+def adapt_contrast_backward(
+    grad: Tensor | None,
+    grad_z: Tensor | None,
+    grad_z_pos: Tensor | None,
+    towers: Sequence[Tensor],
+    vectors: Vectors,
+    norm: Tensor,
+    hidden: Tensor,
+    weights: AdapterWeights,
+    problem: Contrast,
+    rows: Rows,
+    *,
+    want_x: Sequence[bool],
+    want_temperature: bool,
+) -> tuple[list[Tensor | None], WeightGrads, Tensor | None]:
+    """As `adapt_backward` for all towers, upstream being what reached the loss and what reached the embeddings."""
+    towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
+    plan = _contrast_plan(vectors, problem.symmetric, len(weights.w1))
+    anchors, pairs = len(vectors.anchor), len(vectors.anchor) + len(vectors.positive)
+    d_y = vectors.anchor.new_empty(sum(len(x) for x in towers), len(weights.w2))
+    upstream = (
+        None if grad_z is None else grad_z.contiguous(),
+        None if grad_z_pos is None else grad_z_pos.contiguous(),
+    )
+    outs = (d_y[:anchors], d_y[anchors:pairs], d_y[pairs:])
+    sums = None
+    with _device_of(d_y):
+        if grad is not None:
+            grad = grad.contiguous()
+            sums = _column_sums(grad, vectors, problem, rows, plan, d_y)
+        d_temperature = _assemble(
+            grad, vectors, upstream, problem, rows, plan, sums, norm, outs,
+            normalize=weights.normalize, temperature=want_temperature,
+        )  # fmt: skip
+        del sums  # its memory is free for the parts of the weights' gradients
+        d_towers, d_weights = _weight_gradients(d_y, towers, hidden, weights, want_x, len(rows.means))
+    return d_towers, d_weights, d_temperature
+
+
+def _column_sums(
+    grad: Tensor, vectors: Vectors, problem: Contrast, rows: Rows, plan: ContrastPlan, place: Tensor | None
+) -> Tensor:
+    """What every vector draws from those of the other side, (parts, vectors, E) float32.
+
+    Vectors are positives, negatives and, if symmetric, before them the anchors. One part of float32 goes where the
+    gradients of the embeddings, (B + P + N, E), will be: `assemble` reads each row of it before writing the same one.
+    """
+    dim, tile = vectors.anchor.shape[1], plan.columns
+    lengths = [len(vectors.positive), 0 if vectors.negatives is None else len(vectors.negatives)]
+    if problem.symmetric:
+        lengths.append(len(vectors.anchor))
+    if place is not None and place.dtype == torch.float32 and plan.column_parts == 1:
+        sums = place[len(place) - sum(lengths) :]
+    else:
+        sums = grad.new_empty(plan.column_parts, sum(lengths), dim, dtype=torch.float32)
+    _launch(
+        contrast_kernels.contrast_columns,
+        (sum(triton.cdiv(length, tile.m) for length in lengths), plan.column_parts, triton.cdiv(dim, plan.block_e)),
+        *_columns(vectors, problem), rows.own, rows.log_rest, rows.pull, grad, sums,
+        *_counts(vectors, problem), problem.margin or 0.0,
+        E=dim, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_E=plan.block_e,
+        ROWS=problem.reduction == "none", SCALED=vectors.anchor.dtype == torch.float16,
+        **_options(vectors, problem), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return sums
+
+
+def _assemble(
+    grad: Tensor | None,
+    vectors: Vectors,
+    upstream: tuple[Tensor | None, Tensor | None],
+    problem: Contrast,
+    rows: Rows | None,
+    plan: ContrastPlan,
+    sums: Tensor | None,
+    norm: Tensor | None,
+    outs: tuple[Tensor, Tensor, Tensor | None],
+    *,
+    normalize: bool,
+    temperature: bool,
+) -> Tensor | None:
+    """Write the whole gradient of each vector into `outs`; return the temperature's, if asked for."""
+    anchor, positive, negatives = vectors
+    loss = grad is not None and rows is not None
+    width = padded(anchor.shape[1])
+    block = min(64, _ASSEMBLE_ELEMENTS // width)
+    blocks = triton.cdiv(len(anchor), block)
+    by_block = anchor.new_empty(blocks if temperature and loss else 0, dtype=torch.float32)
+    kept = Rows(*[anchor] * len(Rows._fields)) if rows is None else rows
+    others = [v for v in (positive, negatives) if v is not None]
+    _launch(
+        contrast_kernels.assemble,
+        (blocks + sum(triton.cdiv(len(other), block) for other in others),),
+        *_matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull, _or(sums, anchor), _or(grad, anchor),
+        kept.inverse_weight, _or(upstream[0], anchor), _or(upstream[1], anchor), _or(norm, anchor),
+        outs[0], outs[1], _or(outs[2], anchor), by_block,
+        *_counts(vectors, problem), len(kept.means), plan.column_parts,
+        E=anchor.shape[1], BLOCK=block, BLOCK_E=width, LOSS=loss, SECOND=problem.symmetric,
+        ROWS=problem.reduction == "none", ANCHOR_UPSTREAM=upstream[0] is not None,
+        POSITIVE_UPSTREAM=upstream[1] is not None, NORMALIZE=normalize, TEMPERATURE=temperature and loss,
+        MIN_NORM=MIN_NORM, num_warps=_WARPS,
+    )  # fmt: skip
+    if not temperature:
+        return None
+    return by_block.sum().neg_().div_(problem.temperature)  # dτ = −1/τ Σ_i q_i·dq_i
+
+
+def _weight_gradients(
+    d_y: Tensor,
+    towers: Sequence[Tensor],
+    hidden: Tensor,
+    weights: AdapterWeights,
+    want_x: Sequence[bool],
+    kept_parts: int,
+) -> tuple[list[Tensor | None], WeightGrads]:
+    """From the gradients of the embeddings before normalisation: those of encodings, where wanted, and of weights."""
+    plan = _adapter_plan(towers, weights, kept_parts)
+    grads = (_empty(weights.w1), _empty(weights.b1), _empty(weights.w2), _empty(weights.b2))
+    parts: Sequence[Tensor] = grads
+    if plan.weight_parts > 1:
+        parts = [grad.new_empty(plan.weight_parts, *grad.shape, dtype=torch.float32) for grad in grads]
+    tile, dims = plan.backward, _dims(weights)
+    d_blocks, e_blocks = triton.cdiv(dims["D"], tile.k), triton.cdiv(dims["E"], plan.block_e)
+    _launch(
+        adapter_kernels.adapter_weights,
+        (triton.cdiv(dims["H"], tile.n), d_blocks + e_blocks, plan.weight_parts),
+        *_three(towers), *_strides(towers), *_lengths(towers), d_y, hidden, weights.w2, *parts,
+        **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
+        ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if plan.weight_parts > 1:
+        longest = max(grad.numel() for grad in grads)
+        _launch(
+            adapter_kernels.add_parts,
+            (triton.cdiv(longest, _ADD_BLOCK),),
+            *parts, *grads, plan.weight_parts, **dims, BLOCK=_ADD_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return _encoding_gradients(d_y, towers, hidden, weights, want_x, plan), grads
+
+
+def _encoding_gradients(
+    d_y: Tensor,
+    towers: Sequence[Tensor],
+    hidden: Tensor,
+    weights: AdapterWeights,
+    want_x: Sequence[bool],
+    plan: AdapterPlan,
+) -> list[Tensor | None]:
+    d_towers: list[Tensor | None] = []
+    wanted, offsets, start = [], [], 0
+    for x, want in zip(towers, want_x, strict=True):
+        d_towers.append(_empty(x) if want else None)
+        if want:
+            wanted.append(d_towers[-1])
+            offsets.append(start)
+        start += len(x)
+    if not wanted:
+        return d_towers
+    tile, dims = plan.backward, _dims(weights)
+    _launch(
+        adapter_kernels.adapter_encodings,
+        (sum(triton.cdiv(length, tile.m) for length in _lengths(wanted)), triton.cdiv(dims["D"], tile.k)),
+        *_lengths(wanted), *[*offsets, 0, 0][:3], d_y, hidden, weights.w1, weights.w2, *_three(wanted),
+        **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
+        ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return d_towers
+
+
+# --- Arguments of launches ----------------------------------------------------------------------------------------
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """One launch; tests count them here."""
+    kernel[grid](*arguments, **options)
+
+
+def _matrices(vectors: Vectors) -> tuple[Any, ...]:
+    """The vectors and how far apart their rows are; no negatives are any pointer, never read."""
+    given = [_or(v, vectors.anchor) for v in vectors]
+    return *given, *(v.stride(0) for v in given)
+
+
+def _columns(vectors: Vectors, problem: Contrast) -> tuple[Any, ...]:
+    """The vectors, ids, log q and temperature, likewise."""
+    by_column = (problem.anchor_ids, problem.positive_ids, problem.negative_ids, problem.log_q)
+    given = [vectors.anchor if values is None else values.contiguous() for values in by_column]
+    return *_matrices(vectors), *given, problem.temperature
+
+
+def _counts(vectors: Vectors, problem: Contrast) -> tuple[int, int, int, int]:
+    negatives = 0 if vectors.negatives is None else len(vectors.negatives)
+    return len(vectors.anchor), len(vectors.positive), negatives, problem.start
+
+
+def _options(vectors: Vectors, problem: Contrast) -> dict[str, Any]:
+    """What the loss's kernels are compiled for."""
+    return {
+        "NEGATIVES": vectors.negatives is not None,
+        "ANCHOR_IDS": problem.anchor_ids is not None,
+        "POSITIVE_IDS": problem.positive_ids is not None,
+        "NEGATIVE_IDS": problem.negative_ids is not None,
+        "LOG_Q": problem.log_q is not None,
+        "NEGATIVE_LOG_Q": problem.log_q is not None and len(problem.log_q) > len(vectors.positive),
+        "MARGIN": problem.margin is not None,
+        "TENSOR": isinstance(problem.temperature, Tensor),
+        "SECOND": problem.symmetric,
+        **_precision(vectors.anchor.dtype),
+    }
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    """How float32 is multiplied, after `torch.set_float32_matmul_precision`: `highest` is three TF32 products."""
+    precision = "ieee"
+    if dtype == torch.float32 and not INTERPRETED and torch.version.hip is None:
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {"PRECISION": precision, "UPCAST": INTERPRETED and dtype == torch.bfloat16}
+
+
+def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPlan:
+    anchor, positive, negatives = vectors
+    return plan_contrast(
+        len(anchor), len(positive), 0 if negatives is None else len(negatives), anchor.shape[1],
+        itemsize=anchor.dtype.itemsize, symmetric=symmetric, device=_device(anchor.device), hidden=hidden,
+    )  # fmt: skip
+
+
+def _adapter_plan(towers: Sequence[Tensor], weights: AdapterWeights, kept_parts: int) -> AdapterPlan:
+    dims = _dims(weights)
+    return plan_adapter(
+        sum(len(x) for x in towers), dims["D"], dims["H"], dims["E"], itemsize=weights.dtype.itemsize,
+        device=_device(towers[0].device), kept_parts=kept_parts,
+    )  # fmt: skip
+
+
+@cache
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(4, 64 << 10)  # the interpreter: small, so that sums in parts are tried there too
+    properties = torch.cuda.get_device_properties(device)
+    # PyTorch for ROCm has no such property; 64 KiB is what CDNA gives.
+    return Device(properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _with_rows(vectors: Vectors) -> Vectors:
+    anchor, positive, negatives = vectors
+    return Vectors(
+        _rows_together(anchor), _rows_together(positive), None if negatives is None else _rows_together(negatives)
+    )
+
+
+def _rows_together(tensor: Tensor) -> Tensor:
+    """The tensor with each row's elements side by side; the rows themselves may lie apart."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _contiguous(weights: AdapterWeights) -> AdapterWeights:
+    w1, b1, w2, b2 = (weight.contiguous() for weight in weights[:4])
+    return weights._replace(w1=w1, b1=b1, w2=w2, b2=b2)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """A tensor like this one, its elements side by side."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _three(tensors: Sequence[Any]) -> list[Any]:
+    """The tensors, the last one repeated until there are three."""
+    return [*tensors, *[tensors[-1]] * (3 - len(tensors))]
+
+
+def _strides(towers: Sequence[Tensor]) -> list[int]:
+    return [x.stride(0) for x in _three(towers)]
+
+
+def _lengths(towers: Sequence[Any]) -> list[int]:
+    return [*(len(x) for x in towers), 0, 0][:3]
+
+
+def _dims(weights: AdapterWeights) -> dict[str, int]:
+    hidden, encoding = weights.w1.shape
+    return {"D": encoding, "H": hidden, "E": len(weights.w2)}

@@ -1,0 +1,517 @@
+"""InfoNCE's kernels: rows (forward), finish, columns (backward), assemble.
+
+Similarities are kept in base 2: s₂ = q·k · log₂e/τ − log₂ q_j, so that exp2 gives e_ij. Names follow `reference`: own
+is q_i·k_i, log_rest is log₂ r⁻, and pull_i = w_i (1 − p_ii) / (τ · directions), a row's gradient for unit upstream.
+Sums run in a fixed order and nothing is added atomically: the same input gives the same bits. Vectors longer than
+BLOCK_E are summed a block of their elements by each program, which computes the similarities for itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kellm_kernels.gpu.tiles import log1p, product, rows_of, similarities
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _temperature(temperature, TENSOR: tl.constexpr):
+    if TENSOR:
+        return tl.load(temperature)
+    return temperature
+
+
+@triton.jit
+def _take(pointer, index, mask, GIVEN: tl.constexpr):
+    """Values at `index`, or 0 where the option is not given."""
+    if GIVEN:
+        return tl.load(pointer + index, mask=mask, other=0)
+    return tl.zeros_like(index)
+
+
+@triton.jit
+def _same(
+    row_anchor, row_positive, column_anchor, column_positive,
+    ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
+):
+    """Where ids mask, given anchors' and positives' ids already broadcast against each other.
+
+    PAIRED columns are positives, whose anchor is known; others are negatives, whose id stands in `column_positive`.
+    """
+    masked = row_anchor != row_anchor
+    masked = masked | (column_positive != column_positive)
+    if ANCHOR_IDS and PAIRED:
+        masked = masked | (row_anchor == column_anchor)
+    if ANCHOR_IDS and COLUMN_IDS:
+        masked = masked | (row_anchor == column_positive)
+    if POSITIVE_IDS and COLUMN_IDS:
+        masked = masked | (row_positive == column_positive)
+    return masked
+
+
+@triton.jit
+def _stream(
+    tile, vectors, vectors_stride, vectors_count, own, row, row_anchor, row_positive, log_peak, total, mean, element,
+    columns, stride, column_anchor_ids, column_ids, log_q, first, last, count, scale, margin, start,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
+    LOG_Q: tl.constexpr, MARGIN: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Online softmax over column blocks first..last: running log₂ peak, sum, and (unnormalised) mean of the columns."""
+    for block in range(first, last):
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < count
+        similarity = similarities(
+            tile,
+            vectors,
+            vectors_stride,
+            row,
+            vectors_count,
+            columns,
+            stride,
+            column,
+            count,
+            E,
+            BLOCK_E,
+            PRECISION,
+            UPCAST,
+        )
+        masked = ~inside[None, :]
+        if PAIRED:
+            masked = masked | (column[None, :] == row[:, None] + start)
+        column_anchor = _take(column_anchor_ids, column, inside, ANCHOR_IDS and PAIRED)
+        column_positive = _take(column_ids, column, inside, COLUMN_IDS)
+        masked = masked | _same(
+            row_anchor[:, None], row_positive[:, None], column_anchor[None, :], column_positive[None, :],
+            ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
+        )
+        if MARGIN:
+            masked = masked | (similarity > own[:, None] + margin)
+        logit = similarity * scale
+        if LOG_Q:
+            logit -= tl.load(log_q + column, mask=inside, other=0.0).to(tl.float32)[None, :] * LOG2E
+        logit = tl.where(masked, -float("inf"), logit)
+        peak = tl.maximum(log_peak, tl.max(logit, 1))
+        level = tl.where(peak == -float("inf"), 0.0, peak)
+        shrink = tl.exp2(log_peak - level)
+        e = tl.exp2(logit - level[:, None])
+        total = total * shrink + tl.sum(e, 1)
+        if MEANS:
+            k = rows_of(columns, stride, column, count, element, E, BLOCK_E)
+            mean = product(e.to(k.dtype), k, mean * shrink[:, None], PRECISION, UPCAST)
+        log_peak = peak
+    return log_peak, total, mean
+
+
+@triton.jit(do_not_specialize=["B", "P", "N", "start", "temperature", "margin"])
+def contrast_rows(
+    anchor, positive, negative, anchor_stride, positive_stride, negative_stride,
+    anchor_ids, positive_ids, negative_ids, log_q, temperature,
+    own_out, parts_out, means_out, B, P, N, start, margin,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    NEGATIVES: tl.constexpr, ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, NEGATIVE_IDS: tl.constexpr,
+    LOG_Q: tl.constexpr, NEGATIVE_LOG_Q: tl.constexpr, MARGIN: tl.constexpr, TENSOR: tl.constexpr,
+    SECOND: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """One block of rows against one part of the columns: its log₂ sum, and its columns averaged under their softmax.
+
+    Grid (row blocks, parts · blocks of E, directions). With SECOND, programs of the second direction have positives as
+    rows and anchors as columns, no negatives and no log q.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    part, parts = tl.program_id(1) // chunks, tl.num_programs(1) // chunks
+    element = tl.program_id(1) % chunks * BLOCK_E
+    direction = tl.program_id(2)
+    here = row < B
+    scale = LOG2E / _temperature(temperature, TENSOR)
+    mine = row + start
+    row_anchor = _take(anchor_ids, mine, here, ANCHOR_IDS)
+    row_positive = _take(positive_ids, mine, here, POSITIVE_IDS)
+    log_peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mean = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    q = rows_of(anchor, anchor_stride, row, B, 0, E, BLOCK_E)
+    k = rows_of(positive, positive_stride, mine, B + start, 0, E, BLOCK_E)
+    own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+    if E > BLOCK_E:
+        for e_start in range(BLOCK_E, E, BLOCK_E):
+            further_q = rows_of(anchor, anchor_stride, row, B, e_start, E, BLOCK_E)
+            further_k = rows_of(positive, positive_stride, mine, B + start, e_start, E, BLOCK_E)
+            own += tl.sum(further_q.to(tl.float32) * further_k.to(tl.float32), 1)
+    blocks = tl.cdiv(P, BLOCK_N)
+    if direction == 0:
+        everything = blocks
+        if NEGATIVES:
+            everything += tl.cdiv(N, BLOCK_N)
+        each = tl.cdiv(everything, parts)
+        first, last = part * each, tl.minimum((part + 1) * each, everything)
+        log_peak, total, mean = _stream(
+            q, anchor, anchor_stride, B, own, row, row_anchor, row_positive, log_peak, total, mean, element,
+            positive, positive_stride, anchor_ids, positive_ids, log_q,
+            first, tl.minimum(last, blocks), P, scale, margin, start, E, BLOCK_N, BLOCK_E,
+            ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, MEANS, PRECISION, UPCAST,
+        )
+        if NEGATIVES:
+            log_peak, total, mean = _stream(
+                q, anchor, anchor_stride, B, own, row, row_anchor, row_positive, log_peak, total, mean, element,
+                negative, negative_stride, anchor_ids, negative_ids, log_q + P,
+                tl.maximum(first - blocks, 0), last - blocks, N, scale, margin, start, E, BLOCK_N, BLOCK_E,
+                ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q, MARGIN, MEANS, PRECISION, UPCAST,
+            )
+        if tl.program_id(1) == 0:
+            tl.store(own_out + row, own, mask=here)
+    elif SECOND:
+        each = tl.cdiv(blocks, parts)
+        # Roles are swapped: the column's anchor is compared with the row's positive.
+        log_peak, total, mean = _stream(
+            k, positive, positive_stride, P, own, row, row_positive, row_anchor, log_peak, total, mean, element,
+            anchor, anchor_stride, positive_ids, anchor_ids, log_q,
+            part * each, tl.minimum((part + 1) * each, blocks), P, scale, margin, start, E, BLOCK_N, BLOCK_E,
+            POSITIVE_IDS, ANCHOR_IDS, ANCHOR_IDS, True, False, MARGIN, False, PRECISION, UPCAST,
+        )
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    out = (part * tl.num_programs(2) + direction).to(tl.int64) * B + row
+    if element == 0:
+        tl.store(parts_out + out, tl.where(some, log_peak + tl.log2(total), -float("inf")), mask=here)
+    if MEANS:
+        mean = mean / total[:, None]
+        e = element + tl.arange(0, BLOCK_E)
+        offsets = (part.to(tl.int64) * B + row)[:, None] * E + e[None, :]
+        tl.store(means_out + offsets, mean, mask=here[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "start", "temperature", "parts"])
+def contrast_finish(
+    own, parts_in, log_q, sample_weight, temperature, loss, log_rest_out, pull_out, inverse_out, B, start, parts,
+    DIRECTIONS: tl.constexpr, LOG_Q: tl.constexpr, WEIGHTED: tl.constexpr, TENSOR: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Put the parts of each row's sum together, and reduce: one program for a scalar, any number for `none`."""
+    scale = LOG2E / _temperature(temperature, TENSOR)
+    losses = tl.zeros((BLOCK,), tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(B, BLOCK), tl.num_programs(0)):
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        here = row < B
+        weight = tl.where(here, 1.0, 0.0)
+        if WEIGHTED:
+            weight = tl.load(sample_weight + row, mask=here, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for direction in tl.static_range(DIRECTIONS):
+            logit = tl.load(own + row, mask=here, other=0.0) * scale
+            if LOG_Q and direction == 0:
+                logit -= tl.load(log_q + row + start, mask=here, other=0.0).to(tl.float32) * LOG2E
+            peak = tl.full((BLOCK,), -float("inf"), tl.float32)
+            for part in range(parts):
+                at = B.to(tl.int64) * (part * DIRECTIONS + direction) + row
+                peak = tl.maximum(peak, tl.load(parts_in + at, mask=here, other=-float("inf")))
+            level = tl.where(peak == -float("inf"), 0.0, peak)
+            rest = tl.zeros((BLOCK,), tl.float32)
+            for part in range(parts):
+                at = B.to(tl.int64) * (part * DIRECTIONS + direction) + row
+                rest += tl.exp2(tl.load(parts_in + at, mask=here, other=-float("inf")) - level)
+            log_rest = tl.where(rest > 0, level + tl.log2(tl.where(rest > 0, rest, 1.0)), -float("inf"))
+            over = log_rest - logit
+            # log(1 + 2^over), either way round so that the power is at most 1
+            small = tl.exp2(-tl.abs(over))
+            total += tl.maximum(over, 0.0) * LN2 + log1p(small)
+            missed = tl.where(over > 0, 1.0, small) / (1.0 + small)
+            at = B.to(tl.int64) * direction + row
+            tl.store(log_rest_out + at, log_rest, mask=here)
+            tl.store(pull_out + at, weight * missed * (scale / (LOG2E * DIRECTIONS)), mask=here)
+        total = weight * total / DIRECTIONS
+        if REDUCTION == "none":
+            tl.store(loss + row, total, mask=here)
+        losses += tl.where(here, total, 0.0)
+        weights += weight
+    if tl.program_id(0) == 0:
+        inverse = 1.0
+        if REDUCTION == "mean":
+            weight_sum = tl.sum(weights, 0)
+            inverse = tl.where(weight_sum == 0, 0.0, 1.0 / weight_sum)
+        tl.store(inverse_out, inverse)
+        if REDUCTION != "none":
+            tl.store(loss, tl.sum(losses, 0) * inverse)
+
+
+@triton.jit
+def _upstream(grad, pull, row, mask, ROWS: tl.constexpr):
+    """Each row's gradient, without the factor that all rows share: pull, times upstream where that is by row."""
+    value = tl.load(pull + row, mask=mask, other=0.0)
+    if ROWS:
+        value *= tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _shared(grad, inverse, ROWS: tl.constexpr):
+    """The factor that all rows share."""
+    factor = tl.load(inverse)
+    if not ROWS:
+        factor *= tl.load(grad).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def _pulled(
+    tile, vectors, vectors_stride, tile_row, tile_count, total, element, others, stride, first, last, other_count,
+    own, log_rest, pull, grad, anchor_ids, positive_ids, column_ids, log_q, B, scale, margin, start, shrink,
+    E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_E: tl.constexpr, TILE_IS_ROW: tl.constexpr,
+    ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
+    LOG_Q: tl.constexpr, MARGIN: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add to `total`, for each vector of a tile, the sum of the others under their weights in the loss.
+
+    The tile is of columns and the others are all anchors, or (TILE_IS_ROW) of anchors and the others are columns. A
+    weight is c_i π_ij, softmax i's part over negatives times its pull; with SECOND, that of the other direction too.
+    """
+    axis: tl.constexpr = 1 if TILE_IS_ROW else 0
+    for block in range(first, last):
+        other = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        similarity = similarities(
+            tile, vectors, vectors_stride, tile_row, tile_count, others, stride, other, other_count,
+            E, BLOCK_E, PRECISION, UPCAST,
+        )
+        if TILE_IS_ROW:
+            i, j = tile_row, other
+            i_here, j_here = tile_row < tile_count, other < other_count
+        else:
+            i, j = other, tile_row
+            i_here, j_here = other < other_count, tile_row < tile_count
+        i_log_rest = tl.load(log_rest + i, mask=i_here, other=-float("inf"))
+        i_pull = _upstream(grad, pull, i, i_here, ROWS) * shrink
+        i_anchor = _take(anchor_ids, i + start, i_here, ANCHOR_IDS)
+        i_positive = _take(positive_ids, i + start, i_here, POSITIVE_IDS)
+        j_anchor = _take(anchor_ids, j, j_here, ANCHOR_IDS and PAIRED)
+        j_id = _take(column_ids, j, j_here, COLUMN_IDS)
+        masked = ~(tl.expand_dims(i_here, axis) & tl.expand_dims(j_here, 1 - axis))
+        if PAIRED:
+            masked = masked | (tl.expand_dims(i + start, axis) == tl.expand_dims(j, 1 - axis))
+        masked = masked | _same(
+            tl.expand_dims(i_anchor, axis), tl.expand_dims(i_positive, axis),
+            tl.expand_dims(j_anchor, 1 - axis), tl.expand_dims(j_id, 1 - axis),
+            ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
+        )
+        logit = similarity * scale
+        i_level = tl.where(i_log_rest == -float("inf"), 0.0, i_log_rest)
+        first_logit = logit
+        if LOG_Q:
+            j_log_q = tl.load(log_q + j, mask=j_here, other=0.0).to(tl.float32) * LOG2E
+            first_logit -= tl.expand_dims(j_log_q, 1 - axis)
+        first_masked = masked
+        if MARGIN:
+            i_own = tl.load(own + i, mask=i_here, other=0.0)
+            first_masked = masked | (similarity > tl.expand_dims(i_own + margin, axis))
+        first_logit = tl.where(first_masked, -float("inf"), first_logit - tl.expand_dims(i_level, axis))
+        weight = tl.exp2(first_logit) * tl.expand_dims(i_pull, axis)
+        if SECOND and PAIRED:
+            j_log_rest = tl.load(log_rest + B + j, mask=j_here, other=-float("inf"))
+            j_pull = tl.load(pull + B + j, mask=j_here, other=0.0) * shrink
+            if ROWS:
+                j_pull *= tl.load(grad + j, mask=j_here, other=0.0).to(tl.float32)
+            j_level = tl.where(j_log_rest == -float("inf"), 0.0, j_log_rest)
+            second_masked = masked
+            if MARGIN:
+                j_own = tl.load(own + j, mask=j_here, other=0.0)
+                second_masked = masked | (similarity > tl.expand_dims(j_own + margin, 1 - axis))
+            second_logit = tl.where(second_masked, -float("inf"), logit - tl.expand_dims(j_level, 1 - axis))
+            weight += tl.exp2(second_logit) * tl.expand_dims(j_pull, 1 - axis)
+        o = rows_of(others, stride, other, other_count, element, E, BLOCK_E)
+        total = product(weight.to(o.dtype), o, total, PRECISION, UPCAST)
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "P", "N", "start", "temperature", "margin"])
+def contrast_columns(
+    anchor, positive, negative, anchor_stride, positive_stride, negative_stride,
+    anchor_ids, positive_ids, negative_ids, log_q, temperature,
+    own, log_rest, pull, grad, sums_out, B, P, N, start, margin,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    NEGATIVES: tl.constexpr, ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, NEGATIVE_IDS: tl.constexpr,
+    LOG_Q: tl.constexpr, NEGATIVE_LOG_Q: tl.constexpr, MARGIN: tl.constexpr, TENSOR: tl.constexpr,
+    SECOND: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """One block of columns (positives, negatives; with SECOND, of anchors too) against one part of the other side.
+
+    Grid (blocks, parts, blocks of E). Writes (parts, [B +] P + N, E) float32: gradients but for the own pair and the
+    factor that all rows share. SCALED keeps float16 weights near 1, so that small gradients stay within its range.
+    """
+    block, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    element = tl.program_id(2) * BLOCK_E
+    scale = LOG2E / _temperature(temperature, TENSOR)
+    shrink = 1.0
+    if SCALED:
+        largest = tl.zeros((BLOCK_N,), tl.float32)
+        for at in range(tl.cdiv(B, BLOCK_N)):
+            row = at * BLOCK_N + tl.arange(0, BLOCK_N)
+            largest = tl.maximum(largest, tl.abs(_upstream(grad, pull, row, row < B, ROWS)))
+            if SECOND:
+                value = tl.load(pull + B + row, mask=row < B, other=0.0)
+                if ROWS:
+                    value *= tl.load(grad + row, mask=row < B, other=0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.abs(value))
+        peak = tl.max(largest, 0)
+        shrink = tl.where(peak > 0, 1.0 / peak, 1.0)
+    total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    positive_blocks = tl.cdiv(P, BLOCK_M)
+    negative_blocks = 0
+    if NEGATIVES:
+        negative_blocks = tl.cdiv(N, BLOCK_M)
+    columns_end = positive_blocks + negative_blocks
+    each = tl.cdiv(tl.cdiv(B, BLOCK_N), parts)
+    first, last = part * each, tl.minimum((part + 1) * each, tl.cdiv(B, BLOCK_N))
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    anchors = 0
+    if SECOND:
+        anchors = B
+    count, offset = P, anchors
+    if block < positive_blocks:
+        tile = rows_of(positive, positive_stride, row, P, 0, E, BLOCK_E)
+        total = _pulled(
+            tile, positive, positive_stride, row, P, total, element, anchor, anchor_stride, first, last, B,
+            own, log_rest, pull, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shrink,
+            E, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, ROWS, SECOND,
+            PRECISION, UPCAST,
+        )
+    elif block < columns_end:
+        if NEGATIVES:
+            row = (block - positive_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            count, offset = N, anchors + P
+            tile = rows_of(negative, negative_stride, row, N, 0, E, BLOCK_E)
+            total = _pulled(
+                tile, negative, negative_stride, row, N, total, element, anchor, anchor_stride, first, last, B,
+                own, log_rest, pull, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
+                shrink, E, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q,
+                MARGIN, ROWS, SECOND, PRECISION, UPCAST,
+            )
+    elif SECOND:
+        row = (block - columns_end) * BLOCK_M + tl.arange(0, BLOCK_M)
+        count, offset = B, 0
+        tile = rows_of(anchor, anchor_stride, row, B, 0, E, BLOCK_E)
+        total = _pulled(
+            tile, anchor, anchor_stride, row, B, total, element, positive, positive_stride, first, last, P,
+            own, log_rest, pull, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shrink,
+            E, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, ROWS, SECOND,
+            PRECISION, UPCAST,
+        )
+        if NEGATIVES:
+            further = tl.cdiv(N, BLOCK_N)
+            each = tl.cdiv(further, parts)
+            total = _pulled(
+                tile, anchor, anchor_stride, row, B, total, element,
+                negative, negative_stride, part * each, tl.minimum((part + 1) * each, further), N,
+                own, log_rest, pull, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
+                shrink, E, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q,
+                MARGIN, ROWS, SECOND, PRECISION, UPCAST,
+            )
+    vectors = anchors + P + N
+    e = element + tl.arange(0, BLOCK_E)
+    out = (part.to(tl.int64) * vectors + offset + row)[:, None] * E + e[None, :]
+    tl.store(sums_out + out, total / shrink, mask=(row < count)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def _added(parts_in, parts, vectors, offset, row, here, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Sum over parts of a (parts, vectors, E) buffer's rows, in their order."""
+    e = tl.arange(0, BLOCK_E)
+    total = tl.zeros((row.shape[0], BLOCK_E), tl.float32)
+    for part in range(parts):
+        at = (vectors.to(tl.int64) * part + offset + row)[:, None] * E + e[None, :]
+        total += tl.load(parts_in + at, mask=here[:, None] & (e < E)[None, :], other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "P", "N", "start", "row_parts", "column_parts"])
+def assemble(
+    anchor, positive, negative, anchor_stride, positive_stride, negative_stride,
+    means, row_parts_in, log_rest, pull, sums, grad, inverse,
+    anchor_upstream, positive_upstream, norm, anchor_out, positive_out, negative_out, temperature_out,
+    B, P, N, start, row_parts, column_parts,
+    E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, LOSS: tl.constexpr, SECOND: tl.constexpr,
+    ROWS: tl.constexpr, ANCHOR_UPSTREAM: tl.constexpr, POSITIVE_UPSTREAM: tl.constexpr, NORMALIZE: tl.constexpr,
+    TEMPERATURE: tl.constexpr, MIN_NORM: tl.constexpr,
+):
+    """Each vector's whole gradient: the other vectors' part, the own pair's, upstream; then through the norm."""
+    block = tl.program_id(0)
+    anchor_blocks, positive_blocks = tl.cdiv(B, BLOCK), tl.cdiv(P, BLOCK)
+    e = tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK, BLOCK_E), tl.float32)
+    anchors = 0
+    if SECOND:
+        anchors = B
+    vectors = anchors + P + N
+    if block < anchor_blocks:
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        here = row < B
+        vector = rows_of(anchor, anchor_stride, row, B, 0, E, BLOCK_E).to(tl.float32)
+        if LOSS:
+            strength = _upstream(grad, pull, row, here, ROWS)
+            shared = _shared(grad, inverse, ROWS)
+            own = rows_of(positive, positive_stride, row + start, B + start, 0, E, BLOCK_E).to(tl.float32)
+            if SECOND:
+                second = tl.load(pull + B + row, mask=here, other=0.0)
+                if ROWS:
+                    second *= tl.load(grad + row, mask=here, other=0.0).to(tl.float32)
+                total = _added(sums, column_parts, vectors, 0, row, here, E, BLOCK_E)
+                total -= (strength + second)[:, None] * own
+            else:
+                level = tl.load(log_rest + row, mask=here, other=0.0)
+                level = tl.where(level == -float("inf"), 0.0, level)
+                for part in range(row_parts):
+                    at = B.to(tl.int64) * part + row
+                    share = tl.exp2(tl.load(row_parts_in + at, mask=here, other=-float("inf")) - level)
+                    mean = tl.load(
+                        means + at[:, None] * E + e[None, :], mask=here[:, None] & (e < E)[None, :], other=0.0
+                    )
+                    total += share[:, None] * mean
+                total = strength[:, None] * (total - own)
+            total *= shared
+            if TEMPERATURE:
+                tl.store(temperature_out + block, tl.sum(tl.sum(tl.where(here[:, None], vector * total, 0.0), 1), 0))
+        if ANCHOR_UPSTREAM:
+            total += rows_of(anchor_upstream, E, row, B, 0, E, BLOCK_E).to(tl.float32)
+        count, offset, out = B, 0, anchor_out
+    elif block < anchor_blocks + positive_blocks:
+        row = (block - anchor_blocks) * BLOCK + tl.arange(0, BLOCK)
+        here = row < P
+        vector = rows_of(positive, positive_stride, row, P, 0, E, BLOCK_E).to(tl.float32)
+        if LOSS:
+            mine = row - start
+            paired = (mine >= 0) & (mine < B)
+            strength = _upstream(grad, pull, mine, paired, ROWS)
+            if SECOND:
+                second = tl.load(pull + B + mine, mask=paired, other=0.0)
+                if ROWS:
+                    second *= tl.load(grad + mine, mask=paired, other=0.0).to(tl.float32)
+                strength += second
+            own = tl.load(
+                anchor + mine.to(tl.int64)[:, None] * anchor_stride + e[None, :],
+                mask=paired[:, None] & (e < E)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            total = _added(sums, column_parts, vectors, anchors, row, here, E, BLOCK_E) - strength[:, None] * own
+            total *= _shared(grad, inverse, ROWS)
+        if POSITIVE_UPSTREAM:
+            total += rows_of(positive_upstream, E, row, P, 0, E, BLOCK_E).to(tl.float32)
+        count, offset, out = P, B, positive_out
+    else:
+        row = (block - anchor_blocks - positive_blocks) * BLOCK + tl.arange(0, BLOCK)
+        here = row < N
+        vector = rows_of(negative, negative_stride, row, N, 0, E, BLOCK_E).to(tl.float32)
+        if LOSS:
+            total = _added(sums, column_parts, vectors, anchors + P, row, here, E, BLOCK_E) * _shared(
+                grad, inverse, ROWS
+            )
+        count, offset, out = N, B + P, negative_out
+    if NORMALIZE:
+        length = tl.load(norm + offset + row, mask=row < count, other=1.0)
+        along = tl.where(length > MIN_NORM, tl.sum(vector * total, 1), 0.0)
+        total = (total - vector * along[:, None]) / length[:, None]
+    at = row.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < count)[:, None] & (e < E)[None, :])

@@ -1,0 +1,169 @@
+"""Launch plans: tiles by shape, dtype and device, and how many parts a sum is cut into. Plain arithmetic.
+
+Tiles are starting points: on sm_90 they compile to matrix instructions without register spills, and fit the shared
+memory of sm_80, sm_89, sm_90 and gfx942; none was timed yet. Sums are cut into parts where blocks alone would not fill
+the device, as far as memory allows: beside inputs and outputs a forward and backward of the whole keep at most
+16·B·E + 8·B·H bytes, two negatives counting as one more of the B pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_PROGRAMS_PER_PROCESSOR = 2
+_MIN_BLOCK = 16  # of a dimension of tl.dot
+_BYTES = 4  # of float32, which sums are kept in
+_FEW = 12  # float32 numbers a pair: similarities, sums, pulls, lengths, with room
+_ROOMY = 160 << 10  # bytes of shared memory that a second stage of loads needs at the widest tile
+
+
+class Device(NamedTuple):
+    """What plans look at."""
+
+    processors: int
+    """Multiprocessors, compute units."""
+    shared_bytes: int
+    """Shared memory that one program may take."""
+
+
+class Tile(NamedTuple):
+    """Sizes of the blocks that a program holds, and how it is compiled."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class ContrastPlan(NamedTuple):
+    """How the loss is launched."""
+
+    block_e: int
+    """Elements of a vector that a program sums."""
+    rows: Tile
+    """`contrast_rows`: m anchors against n columns at a time."""
+    columns: Tile
+    """`contrast_columns`: m columns against n anchors at a time."""
+    row_parts: int
+    column_parts: int
+
+
+class AdapterPlan(NamedTuple):
+    """How the adapter is launched."""
+
+    forward: Tile
+    """m rows, n of H, k of D; all of E."""
+    backward: Tile
+    """`adapter_weights` and `adapter_encodings`: m rows, n of H, k of D."""
+    block_e: int
+    """Elements of an embedding at a time in backward."""
+    weight_parts: int
+
+
+def padded(dim: int) -> int:
+    """The power of two, 16 at least, that holds `dim`."""
+    return max(_MIN_BLOCK, 1 << (dim - 1).bit_length())
+
+
+def contrast_tiles(embedding: int, itemsize: int, device: Device, *, symmetric: bool) -> tuple[int, Tile, Tile]:
+    """Elements at a time, and the tiles of `contrast_rows` and of `contrast_columns`."""
+    roomy = device.shared_bytes >= _ROOMY
+    if itemsize == 4:
+        tile = Tile(64, 32, 0, 8, 2 if roomy else 1)
+        return min(padded(embedding), 64), tile, tile
+    block_e = min(padded(embedding), 256)
+    m = 128 if block_e <= 128 else 64
+    n = 32 if block_e == 256 or (symmetric and block_e == 128) else 64
+    stages = (3 if block_e <= 64 else 2) if roomy else 1
+    return block_e, Tile(m, 64 if roomy else n, 0, 8, stages), Tile(m, n, 0, 8, stages)
+
+
+def adapter_tiles(embedding: int, itemsize: int, device: Device) -> tuple[Tile, Tile, int]:
+    """Tiles of the forward and of the backward kernels, and elements of an embedding at a time in backward."""
+    long = embedding > 256
+    if itemsize == 4:
+        return Tile(16 if long else 32, 32, 32, 8, 1), Tile(32, 32, 64, 8, 1), min(padded(embedding), 64)
+    stages = 2 if device.shared_bytes >= _ROOMY else 1
+    m = 32 if long else 64
+    return Tile(m, m, 64, 8, stages), Tile(64, 64, 128, 8, stages), min(padded(embedding), 128)
+
+
+def plan_contrast(
+    rows: int,
+    columns: int,
+    negatives: int,
+    embedding: int,
+    *,
+    itemsize: int,
+    symmetric: bool,
+    device: Device,
+    hidden: int = 0,
+) -> ContrastPlan:
+    """The plan for B rows, P positives and N negatives of length E.
+
+    Args:
+        rows: B.
+        columns: P.
+        negatives: N.
+        embedding: E.
+        itemsize: bytes of an element of the vectors.
+        symmetric: both directions.
+        device: where it runs.
+        hidden: H where the adapter is part of the computation, else 0.
+    """
+    block_e, row_tile, column_tile = contrast_tiles(embedding, itemsize, device, symmetric=symmetric)
+    wanted = _PROGRAMS_PER_PROCESSOR * device.processors // _blocks(embedding, block_e)
+    most = _most_parts(embedding, hidden, itemsize, symmetric)
+    row_blocks = _blocks(rows, row_tile.m) * (2 if symmetric else 1)
+    column_blocks = _blocks(columns, row_tile.n) + _blocks(negatives, row_tile.n)
+    # A symmetric row keeps no sums of vectors, so its parts cost next to nothing.
+    row_parts = max(1, min(wanted // row_blocks, column_blocks, 4 if symmetric else most // 2))
+    owners = _blocks(columns, column_tile.m) + _blocks(negatives, column_tile.m)
+    if symmetric:
+        owners += _blocks(rows, column_tile.m)
+    left = most if symmetric else most - row_parts
+    column_parts = max(1, min(wanted // owners, _blocks(rows, column_tile.n), left))
+    return ContrastPlan(block_e, row_tile, column_tile, row_parts, column_parts)
+
+
+def _most_parts(embedding: int, hidden: int, itemsize: int, symmetric: bool) -> int:
+    """How many float32 (B, E) parts of sums fit, rows' and columns' together, or (2B, E) parts if symmetric.
+
+    Kept besides: the hidden layer and the gradients of embeddings in the vectors' dtype where there is an adapter, and
+    a few numbers a pair. In float32, gradients of embeddings take the place of one part of the columns' sums.
+    """
+    part = _BYTES * embedding * (2 if symmetric else 1)
+    free = 16 * embedding + 8 * hidden - _BYTES * _FEW
+    if hidden:
+        free -= 2 * itemsize * (hidden + embedding)
+        if itemsize == _BYTES:
+            free += part
+    return max(1 if symmetric else 2, free // part)
+
+
+def plan_adapter(
+    rows: int, encoding: int, hidden: int, embedding: int, *, itemsize: int, device: Device, kept_parts: int = 0
+) -> AdapterPlan:
+    """The plan for R rows of all towers together.
+
+    Args:
+        rows: ΣR.
+        encoding: D.
+        hidden: H.
+        embedding: E.
+        itemsize: bytes of an element of the products.
+        device: where it runs.
+        kept_parts: float32 (R/2, E) tensors that the loss keeps meanwhile.
+    """
+    forward, tile, block_e = adapter_tiles(embedding, itemsize, device)
+    weights = hidden * encoding + hidden + embedding * hidden + embedding
+    kept = 2 * itemsize * (hidden + embedding) + _BYTES * (embedding * kept_parts + _FEW)
+    affordable = rows * max(16 * embedding + 8 * hidden - kept, 0) // (2 * _BYTES * weights)
+    programs = _blocks(hidden, tile.n) * (_blocks(encoding, tile.k) + _blocks(embedding, block_e))
+    wanted = _PROGRAMS_PER_PROCESSOR * device.processors // programs
+    return AdapterPlan(forward, tile, block_e, max(1, min(wanted, _blocks(rows, tile.m), affordable)))
+
+
+def _blocks(count: int, block: int) -> int:
+    return -(-count // block)
