@@ -53,7 +53,7 @@ class KnowledgeAugmented(nn.Module):
         weight: w.
         temperature: of the contrastive terms.
         reduction: of the contrastive terms: `sum` (printed) or `mean`; ℓ_ctr is a mean.
-        impl: of `kellm_kernels.info_nce`.
+        impl: of `AdapterInfoNCE`.
     """
 
     def __init__(
@@ -96,9 +96,8 @@ class KnowledgeAugmented(nn.Module):
         embeddings: dict[str, Tensor] = {}
         for name in self.adapters:
             contrastive[name], z = self.contrastive(name, sides[name])
-            embeddings[name] = functional.embedding(
-                sides[name].rows, z
-            )  # its backward sums in a fixed order on the CPU
+            # Indexing would do, but this one's backward sums in a fixed order on the CPU.
+            embeddings[name] = functional.embedding(sides[name].rows, z)
         logits = self.logits(features, embeddings)
         ctr = functional.binary_cross_entropy_with_logits(logits, labels)
         total = ctr

@@ -221,17 +221,16 @@ def _assemble(
         contrast_kernels.assemble,
         (blocks + sum(triton.cdiv(len(other), block) for other in others),),
         *_matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull, _or(sums, anchor), _or(grad, anchor),
-        kept.inverse_weight, _or(upstream[0], anchor), _or(upstream[1], anchor), _or(norm, anchor),
+        kept.inverse_weight, problem.temperature if temperature else anchor,
+        _or(upstream[0], anchor), _or(upstream[1], anchor), _or(norm, anchor),
         outs[0], outs[1], _or(outs[2], anchor), by_block,
         *_counts(vectors, problem), len(kept.means), plan.column_parts,
         E=anchor.shape[1], BLOCK=block, BLOCK_E=width, LOSS=loss, SECOND=problem.symmetric,
         ROWS=problem.reduction == "none", ANCHOR_UPSTREAM=upstream[0] is not None,
         POSITIVE_UPSTREAM=upstream[1] is not None, NORMALIZE=normalize, TEMPERATURE=temperature and loss,
-        MIN_NORM=MIN_NORM, num_warps=_WARPS,
+        MIN_NORM=MIN_NORM, UPCAST=_upcast(anchor.dtype), num_warps=_WARPS,
     )  # fmt: skip
-    if not temperature:
-        return None
-    return by_block.sum().neg_().div_(problem.temperature)  # dτ = −1/τ Σ_i q_i·dq_i
+    return by_block.sum() if temperature else None
 
 
 def _weight_gradients(
@@ -262,7 +261,8 @@ def _weight_gradients(
         _launch(
             adapter_kernels.add_parts,
             (triton.cdiv(longest, _ADD_BLOCK),),
-            *parts, *grads, plan.weight_parts, **dims, BLOCK=_ADD_BLOCK, num_warps=_WARPS,
+            *parts, *grads, plan.weight_parts, **dims, BLOCK=_ADD_BLOCK, UPCAST=_upcast(grads[0].dtype),
+            num_warps=_WARPS,
         )  # fmt: skip
     return _encoding_gradients(d_y, towers, hidden, weights, want_x, plan), grads
 
@@ -343,7 +343,12 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
     precision = "ieee"
     if dtype == torch.float32 and not INTERPRETED and torch.version.hip is None:
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return {"PRECISION": precision, "UPCAST": INTERPRETED and dtype == torch.bfloat16}
+    return {"PRECISION": precision, "UPCAST": _upcast(dtype)}
+
+
+def _upcast(dtype: torch.dtype) -> bool:
+    """The interpreter neither multiplies nor rounds bfloat16 as a GPU does."""
+    return INTERPRETED and dtype == torch.bfloat16
 
 
 def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPlan:

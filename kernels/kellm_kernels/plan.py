@@ -72,11 +72,10 @@ def contrast_tiles(embedding: int, itemsize: int, device: Device, *, symmetric: 
     if itemsize == 4:
         tile = Tile(64, 32, 0, 8, 2 if roomy else 1)
         return min(padded(embedding), 64), tile, tile
-    block_e = min(padded(embedding), 256)
-    m = 128 if block_e <= 128 else 64
-    n = 32 if block_e == 256 or (symmetric and block_e == 128) else 64
+    block_e = min(padded(embedding), 128)
     stages = (3 if block_e <= 64 else 2) if roomy else 1
-    return block_e, Tile(m, 64 if roomy else n, 0, 8, stages), Tile(m, n, 0, 8, stages)
+    rows = Tile(128, 32 if embedding > 128 else 64, 0, 8, stages)
+    return block_e, rows, Tile(128, 32 if symmetric and block_e == 128 else 64, 0, 8, stages)
 
 
 def adapter_tiles(embedding: int, itemsize: int, device: Device) -> tuple[Tile, Tile, int]:
@@ -123,7 +122,7 @@ def plan_contrast(
     if symmetric:
         owners += _blocks(rows, column_tile.m)
     left = most if symmetric else most - row_parts
-    column_parts = max(1, min(wanted // owners, _blocks(rows, column_tile.n), left))
+    column_parts = max(1, min(wanted // max(owners, 1), _blocks(rows, column_tile.n), left))
     return ContrastPlan(block_e, row_tile, column_tile, row_parts, column_parts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kellm_kernels.gpu.tiles import activate, product, slope
+from kellm_kernels.gpu.tiles import activate, narrow, product, slope
 
 
 @triton.jit
@@ -55,10 +55,10 @@ def adapter_forward(
             w_tile = tl.load(w1 + h[None, :] * D + d[:, None], mask=(h < H)[None, :] & (d < D)[:, None], other=0.0)
             before = product(x_tile.to(dtype), w_tile.to(dtype), before, PRECISION, UPCAST)
         before += tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        before = before.to(dtype)
+        before = narrow(before, dtype, UPCAST)
         if KEEP:
             tl.store(hidden_out + out_row[:, None] * H + h[None, :], before, mask=here[:, None] & (h < H)[None, :])
-        after = activate(before.to(tl.float32), ACTIVATION).to(dtype)
+        after = narrow(activate(before.to(tl.float32), ACTIVATION), dtype, UPCAST)
         v_tile = tl.load(w2 + e[None, :] * H + h[:, None], mask=(e < E)[None, :] & (h < H)[:, None], other=0.0)
         y = product(after, v_tile.to(dtype), y, PRECISION, UPCAST)
     y += tl.load(b2 + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
@@ -66,7 +66,8 @@ def adapter_forward(
     if NORMALIZE:
         y = y / norm[:, None]
     tl.store(norm_out + out_row, norm, mask=here)
-    tl.store(z + row.to(tl.int64)[:, None] * E + e[None, :], y.to(dtype), mask=here[:, None] & (e < E)[None, :])
+    at = row.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(z + at, narrow(y, dtype, UPCAST), mask=here[:, None] & (e < E)[None, :])
 
 
 @triton.jit
@@ -131,12 +132,12 @@ def adapter_weights(
             x_tile = tl.load(
                 x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
             )
-            total = product(tl.trans(d_before.to(dtype)), x_tile.to(dtype), total, PRECISION, UPCAST)
+            total = product(tl.trans(narrow(d_before, dtype, UPCAST)), x_tile.to(dtype), total, PRECISION, UPCAST)
             bias += tl.sum(d_before, 0)
         at_w1 = out * H * D + h[:, None] * D + d[None, :]
-        tl.store(d_w1 + at_w1, total.to(d_w1.dtype.element_ty), mask=(h < H)[:, None] & (d < D)[None, :])
+        tl.store(d_w1 + at_w1, narrow(total, d_w1.dtype.element_ty, UPCAST), mask=(h < H)[:, None] & (d < D)[None, :])
         if d_block == 0:
-            tl.store(d_b1 + out * H + h, bias.to(d_b1.dtype.element_ty), mask=h < H)
+            tl.store(d_b1 + out * H + h, narrow(bias, d_b1.dtype.element_ty, UPCAST), mask=h < H)
     else:
         e = (d_block - d_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
         outer = tl.zeros((BLOCK_E, BLOCK_H), tl.float32)
@@ -149,36 +150,36 @@ def adapter_weights(
             at = (offset + row).to(tl.int64)
             dy = tl.load(grad_y + at[:, None] * E + e[None, :], mask=here[:, None] & (e < E)[None, :], other=0.0)
             before = tl.load(hidden + at[:, None] * H + h[None, :], mask=here[:, None] & (h < H)[None, :], other=0.0)
-            after = activate(before.to(tl.float32), ACTIVATION).to(dtype)
+            after = narrow(activate(before.to(tl.float32), ACTIVATION), dtype, UPCAST)
             outer = product(tl.trans(dy), after, outer, PRECISION, UPCAST)
             end += tl.sum(dy.to(tl.float32), 0)
         at_w2 = out * E * H + e[:, None] * H + h[None, :]
-        tl.store(d_w2 + at_w2, outer.to(d_w2.dtype.element_ty), mask=(e < E)[:, None] & (h < H)[None, :])
+        tl.store(d_w2 + at_w2, narrow(outer, d_w2.dtype.element_ty, UPCAST), mask=(e < E)[:, None] & (h < H)[None, :])
         if h_block == 0:
-            tl.store(d_b2 + out * E + e, end.to(d_b2.dtype.element_ty), mask=e < E)
+            tl.store(d_b2 + out * E + e, narrow(end, d_b2.dtype.element_ty, UPCAST), mask=e < E)
 
 
 @triton.jit
-def _add_parts(source, parts, target, at, COUNT: tl.constexpr):
+def _add_parts(source, parts, target, at, COUNT: tl.constexpr, UPCAST: tl.constexpr):
     """target[at] = Σ over parts of source[part, at], for indices within COUNT."""
     here = (at >= 0) & (at < COUNT)
     total = tl.zeros_like(at).to(tl.float32)
     for part in range(parts):
         total += tl.load(source + at.to(tl.int64) + part * COUNT, mask=here, other=0.0)
-    tl.store(target + at, total.to(target.dtype.element_ty), mask=here)
+    tl.store(target + at, narrow(total, target.dtype.element_ty, UPCAST), mask=here)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts(
     w1_in, b1_in, w2_in, b2_in, w1_out, b1_out, w2_out, b2_out, parts,
-    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """The parts that `adapter_weights` wrote, added in their order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _add_parts(w1_in, parts, w1_out, at, H * D)
-    _add_parts(w2_in, parts, w2_out, at, E * H)
-    _add_parts(b1_in, parts, b1_out, at, H)
-    _add_parts(b2_in, parts, b2_out, at, E)
+    _add_parts(w1_in, parts, w1_out, at, H * D, UPCAST)
+    _add_parts(w2_in, parts, w2_out, at, E * H, UPCAST)
+    _add_parts(b1_in, parts, b1_out, at, H, UPCAST)
+    _add_parts(b2_in, parts, b2_out, at, E, UPCAST)
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
@@ -203,6 +204,6 @@ def adapter_encodings(
         w2_tile = _w2_tile(w2, tl.arange(0, BLOCK_E), h, H, E).to(dtype)
         d_before = _grad_before(grad_y, hidden, w2, w2_tile, at, here, h, H, E, BLOCK_E, ACTIVATION, PRECISION, UPCAST)
         w1_tile = tl.load(w1 + h[:, None] * D + d[None, :], mask=(h < H)[:, None] & (d < D)[None, :], other=0.0)
-        total = product(d_before.to(dtype), w1_tile.to(dtype), total, PRECISION, UPCAST)
+        total = product(narrow(d_before, dtype, UPCAST), w1_tile.to(dtype), total, PRECISION, UPCAST)
     out = row.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(d_x + out, total.to(d_x0.dtype.element_ty), mask=here[:, None] & (d < D)[None, :])
+    tl.store(d_x + out, narrow(total, d_x0.dtype.element_ty, UPCAST), mask=here[:, None] & (d < D)[None, :])

@@ -7,10 +7,24 @@ import triton.language as tl
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 rounded to `dtype`.
+
+    UPCAST is for bfloat16 in the interpreter alone, whose cast truncates: here float32 is first rounded to what
+    bfloat16 holds (to nearest, ties to even), so that the cast loses nothing.
+    """
+    if UPCAST:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """a @ b + total, (M, K) by (K, N), in float32.
 
-    UPCAST is for the interpreter alone, whose dot multiplies the raw bits of bfloat16.
+    UPCAST is for bfloat16 in the interpreter alone, whose dot multiplies raw bits.
     """
     if UPCAST:
         a = a.to(tl.float32)
@@ -21,18 +35,20 @@ def product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def activate(before, ACTIVATION: tl.constexpr):
     """act(before), float32; GELU is the exact one."""
+    after = tl.maximum(before, 0.0)
     if ACTIVATION == "gelu":
-        return 0.5 * before * (1.0 + tl.math.erf(before * 0.7071067811865476))
-    return tl.maximum(before, 0.0)
+        after = 0.5 * before * (1.0 + tl.math.erf(before * 0.7071067811865476))
+    return after
 
 
 @triton.jit
 def slope(before, ACTIVATION: tl.constexpr):
     """act′(before), float32."""
+    steepness = tl.where(before > 0.0, 1.0, 0.0)
     if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * before * before)
-        return 0.5 * (1.0 + tl.math.erf(before * 0.7071067811865476)) + before * density
-    return tl.where(before > 0.0, 1.0, 0.0)
+        steepness = 0.5 * (1.0 + tl.math.erf(before * 0.7071067811865476)) + before * density
+    return steepness
 
 
 @triton.jit
