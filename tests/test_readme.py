@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNELS = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -20,9 +22,16 @@ def block(word: str) -> str:
 
 def test_the_trainer_s_block_runs() -> None:
     names: dict[str, Any] = {}
-    exec(block("info_nce"), names)
+    exec(block("AdapterInfoNCE"), names)
     assert float(names["loss"].detach()) > 0
-    assert names["up"].weight.grad is not None
+    assert names["adapter"].hidden.weight.grad is not None
+
+
+def test_the_kernels_first_block_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(KERNELS.split("```python\n")[1].split("```")[0], names)
+    assert float(names["loss"]) == pytest.approx(float(names["same"]), rel=1e-5)
+    assert names["z_pos"].shape == (512, 64)
 
 
 @pytest.mark.feast

@@ -17,11 +17,12 @@ import triton
 from torch import Tensor
 
 from kellm_kernels.gpu import adapter as adapter_kernels
-from kellm_kernels.gpu import contrast as contrast_kernels
+from kellm_kernels.gpu import contrast_backward as backward_kernels
+from kellm_kernels.gpu import contrast_forward as forward_kernels
 from kellm_kernels.plan import AdapterPlan, ContrastPlan, Device, padded, plan_adapter, plan_contrast
 from kellm_kernels.problem import MIN_NORM, AdapterWeights, Contrast, Rows, Vectors, WeightGrads
 
-INTERPRETED = not isinstance(contrast_kernels.contrast_rows, triton.JITFunction)
+INTERPRETED = not isinstance(forward_kernels.contrast_rows, triton.JITFunction)
 """Kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when they were imported."""
 
 _FINISH_BLOCK = 1024
@@ -43,14 +44,14 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
     loss = rows.own.new_empty((count,) if problem.reduction == "none" else ())
     with _device_of(vectors.anchor):
         _launch(
-            contrast_kernels.contrast_rows,
+            forward_kernels.contrast_rows,
             (triton.cdiv(count, plan.rows.m), plan.row_parts * triton.cdiv(dim, plan.block_e), problem.directions),
             *_columns(vectors, problem), rows.own, parts, rows.means, *_counts(vectors, problem), problem.margin or 0.0,
             E=dim, BLOCK_M=plan.rows.m, BLOCK_N=plan.rows.n, BLOCK_E=plan.block_e, MEANS=with_means,
             **_options(vectors, problem), num_warps=plan.rows.warps, num_stages=plan.rows.stages,
         )  # fmt: skip
         _launch(
-            contrast_kernels.contrast_finish,
+            forward_kernels.contrast_finish,
             (triton.cdiv(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
             rows.own, parts, _or(problem.log_q, loss), _or(problem.sample_weight, loss), problem.temperature,
             loss, rows.log_rest, rows.pull, rows.inverse_weight, count, problem.start, plan.row_parts,
@@ -183,7 +184,7 @@ def _column_sums(
     else:
         sums = grad.new_empty(plan.column_parts, sum(lengths), dim, dtype=torch.float32)
     _launch(
-        contrast_kernels.contrast_columns,
+        backward_kernels.contrast_columns,
         (sum(triton.cdiv(length, tile.m) for length in lengths), plan.column_parts, triton.cdiv(dim, plan.block_e)),
         *_columns(vectors, problem), rows.own, rows.log_rest, rows.pull, grad, sums,
         *_counts(vectors, problem), problem.margin or 0.0,
@@ -218,7 +219,7 @@ def _assemble(
     kept = Rows(*[anchor] * len(Rows._fields)) if rows is None else rows
     others = [v for v in (positive, negatives) if v is not None]
     _launch(
-        contrast_kernels.assemble,
+        backward_kernels.assemble,
         (blocks + sum(triton.cdiv(len(other), block) for other in others),),
         *_matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull, _or(sums, anchor), _or(grad, anchor),
         kept.inverse_weight, problem.temperature if temperature else anchor,

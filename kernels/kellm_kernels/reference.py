@@ -15,7 +15,7 @@ enters the sum, so nothing cancels. s_ii comes from a row dot of its own. The sy
 the same similarities, down each column; its weights are added to the first's before either product.
 
 Similarities live in blocks of rows and are computed again in backward. Beside inputs and outputs stay: the gradients in
-float32, a few numbers a row, blocks of `_BLOCK_ELEMENTS`, and the adapter's hidden layer before its activation.
+float32, a few numbers a row, three blocks, and the adapter's hidden layer before its activation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from torch.nn import functional
 
 from kellm_kernels.problem import MIN_NORM, AdapterWeights, Contrast, wide, wide_dtype
 
-_BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: near a core's L2, and small beside 16·B·E bytes from B = 16,384 on
+# Similarities at a time. On a CPU 2 MiB of float32: near a core's L2, and small beside 16·B·E bytes from B = 16,384 on.
+# Elsewhere 16 MiB, so that launches are worth their while.
+_BLOCK_ELEMENTS_CPU = 1 << 19
+_BLOCK_ELEMENTS = 1 << 22
 _MIN_BLOCK_ROWS = 16  # a matrix product of fewer rows reads the columns for too little work
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
@@ -45,7 +48,7 @@ def contrast_forward(
         positive: (P, E).
         negatives: (N, E).
         contrast: the rest.
-        block_rows: rows computed at once; None takes what fits `_BLOCK_ELEMENTS`.
+        block_rows: rows computed at once; None takes what a block holds.
     """
     q, own = wide(anchor), own_similarity(anchor, positive, contrast.start)
     segments = _segments(positive, negatives, contrast)
@@ -140,7 +143,7 @@ def adapter_forward(x: Tensor, weights: AdapterWeights, hidden: Tensor | None = 
     w1, b1, w2, b2 = (weight.to(weights.dtype) for weight in weights[:4])
     z = x.new_empty(len(x), len(w2), dtype=weights.dtype)
     norm = x.new_empty(len(x), dtype=wide_dtype(weights.dtype))
-    for rows in _chunks(len(x), len(w1)):
+    for rows in _chunks(x, len(w1)):
         before = functional.linear(x[rows].to(weights.dtype), w1, b1)
         if hidden is not None:
             hidden[rows] = before
@@ -175,7 +178,7 @@ def adapter_backward(
     """
     w1, w2 = wide(weights.w1), wide(weights.w2)
     grad_x = torch.empty_like(x) if want_x else None
-    for rows in _chunks(len(x), len(w1)):
+    for rows in _chunks(x, len(w1)):
         grad_y = grad_z[rows]
         if weights.normalize:
             unit = wide(z[rows])
@@ -218,14 +221,14 @@ def _segments(positive: Tensor, negatives: Tensor | None, contrast: Contrast) ->
 
 
 def _row_blocks(q: Tensor, segments: list[_Segment], block_rows: int | None) -> Iterator[slice]:
-    width = max(len(segment.columns) for segment in segments)
-    rows = block_rows or max(_MIN_BLOCK_ROWS, _BLOCK_ELEMENTS // width)
-    return (slice(start, min(start + rows, len(q))) for start in range(0, len(q), rows))
+    return _chunks(q, max(len(segment.columns) for segment in segments), block_rows)
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
-    step = max(_MIN_BLOCK_ROWS, _BLOCK_ELEMENTS // width)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _chunks(tensor: Tensor, width: int, rows: int | None = None) -> Iterator[slice]:
+    """Runs of the tensor's rows, such that (rows, width) is a block."""
+    elements = _BLOCK_ELEMENTS_CPU if tensor.device.type == "cpu" else _BLOCK_ELEMENTS
+    step = rows or max(_MIN_BLOCK_ROWS, elements // width)
+    return (slice(start, min(start + step, len(tensor))) for start in range(0, len(tensor), step))
 
 
 def _similarities(q: Tensor, rows: slice, segment: _Segment, contrast: Contrast) -> Tensor:

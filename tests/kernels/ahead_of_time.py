@@ -60,9 +60,9 @@ def launches(dtype: torch.dtype, dim: int, everything: bool) -> list[tuple[Any, 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = AdapterWeights(
-        *(empty(_HIDDEN, _ENCODING), empty(_HIDDEN), empty(dim, _HIDDEN), empty(dim)), "gelu", True, dtype
-    )
+    kept = dtype if everything else torch.float32  # as under autocast, where weights are narrowed as they are read
+    shapes = ((_HIDDEN, _ENCODING), (_HIDDEN,), (dim, _HIDDEN), (dim,))
+    weights = AdapterWeights(*(empty(*shape, dtype=kept) for shape in shapes), "gelu", True, dtype)
     towers = [empty(count, _ENCODING) for count in (_ROWS, _ROWS, _NEGATIVES)][: 3 if everything else 2]
     for symmetric in (False, True) if everything else (False,):
         problem = Contrast(0.03)

@@ -15,7 +15,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     did not see allocated, so `call` should free nothing that was there before. What `call` returns counts as alive.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         kept = call()
     del kept
     assert recorded.profiler is not None

@@ -337,7 +337,7 @@ def test_forward_and_backward_are_eight_launches_at_most(
         leaves = [*weights, temperature] if isinstance(temperature, Tensor) else weights
         torch.autograd.grad((loss, z, z_pos), leaves, (one, z.detach(), z_pos.detach()))
 
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         step()
     operators = [event.name for event in recorded.events() if event.name.startswith("aten::")]
     further = [name for name in operators if name not in ALLOCATE_OR_VIEW]

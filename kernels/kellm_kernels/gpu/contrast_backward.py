@@ -1,244 +1,12 @@
-"""InfoNCE's kernels: rows (forward), finish, columns (backward), assemble.
-
-Similarities are kept in base 2: s₂ = q·k · log₂e/τ − log₂ q_j, so that exp2 gives e_ij. Names follow `reference`: own
-is q_i·k_i, log_rest is log₂ r⁻, and pull_i = w_i (1 − p_ii) / (τ · directions), a row's gradient for unit upstream.
-Sums run in a fixed order and nothing is added atomically: the same input gives the same bits. Vectors longer than
-BLOCK_E are summed a block of their elements by each program, which computes the similarities for itself.
-"""
+"""InfoNCE backward: `contrast_columns` and `assemble`, in the units of `contrast_forward`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kellm_kernels.gpu.tiles import log1p, narrow, product, rows_of, similarities
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _temperature(temperature, TENSOR: tl.constexpr):
-    value = temperature
-    if TENSOR:
-        value = tl.load(temperature)
-    return value
-
-
-@triton.jit
-def _take(pointer, index, mask, GIVEN: tl.constexpr):
-    """Values at `index`, or 0 where the option is not given."""
-    values = tl.zeros_like(index)
-    if GIVEN:
-        values = tl.load(pointer + index, mask=mask, other=0)
-    return values
-
-
-@triton.jit
-def _same(
-    row_anchor, row_positive, column_anchor, column_positive,
-    ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
-):
-    """Where ids mask, given anchors' and positives' ids already broadcast against each other.
-
-    PAIRED columns are positives, whose anchor is known; others are negatives, whose id stands in `column_positive`.
-    """
-    masked = row_anchor != row_anchor
-    masked = masked | (column_positive != column_positive)
-    if ANCHOR_IDS and PAIRED:
-        masked = masked | (row_anchor == column_anchor)
-    if ANCHOR_IDS and COLUMN_IDS:
-        masked = masked | (row_anchor == column_positive)
-    if POSITIVE_IDS and COLUMN_IDS:
-        masked = masked | (row_positive == column_positive)
-    return masked
-
-
-@triton.jit
-def _stream(
-    tile, vectors, vectors_stride, vectors_count, own, row, row_anchor, row_positive, log_peak, total, mean, element,
-    columns, stride, column_anchor_ids, column_ids, log_q, first, last, count, scale, margin, start,
-    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
-    LOG_Q: tl.constexpr, MARGIN: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):
-    """Online softmax over column blocks first..last: running log₂ peak, sum, and (unnormalised) mean of the columns."""
-    for block in range(first, last):
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = column < count
-        similarity = similarities(
-            tile,
-            vectors,
-            vectors_stride,
-            row,
-            vectors_count,
-            columns,
-            stride,
-            column,
-            count,
-            E,
-            BLOCK_E,
-            PRECISION,
-            UPCAST,
-        )
-        masked = ~inside[None, :]
-        if PAIRED:
-            masked = masked | (column[None, :] == row[:, None] + start)
-        column_anchor = _take(column_anchor_ids, column, inside, ANCHOR_IDS and PAIRED)
-        column_positive = _take(column_ids, column, inside, COLUMN_IDS)
-        masked = masked | _same(
-            row_anchor[:, None], row_positive[:, None], column_anchor[None, :], column_positive[None, :],
-            ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
-        )
-        if MARGIN:
-            masked = masked | (similarity > own[:, None] + margin)
-        logit = similarity * scale
-        if LOG_Q:
-            logit -= tl.load(log_q + column, mask=inside, other=0.0).to(tl.float32)[None, :] * LOG2E
-        logit = tl.where(masked, -float("inf"), logit)
-        peak = tl.maximum(log_peak, tl.max(logit, 1))
-        level = tl.where(peak == -float("inf"), 0.0, peak)
-        shrink = tl.exp2(log_peak - level)
-        e = tl.exp2(logit - level[:, None])
-        total = total * shrink + tl.sum(e, 1)
-        if MEANS:
-            k = rows_of(columns, stride, column, count, element, E, BLOCK_E)
-            mean = product(narrow(e, k.dtype, UPCAST), k, mean * shrink[:, None], PRECISION, UPCAST)
-        log_peak = peak
-    return log_peak, total, mean
-
-
-@triton.jit(do_not_specialize=["B", "P", "N", "start", "temperature", "margin"])
-def contrast_rows(
-    anchor, positive, negative, anchor_stride, positive_stride, negative_stride,
-    anchor_ids, positive_ids, negative_ids, log_q, temperature,
-    own_out, parts_out, means_out, B, P, N, start, margin,
-    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    NEGATIVES: tl.constexpr, ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, NEGATIVE_IDS: tl.constexpr,
-    LOG_Q: tl.constexpr, NEGATIVE_LOG_Q: tl.constexpr, MARGIN: tl.constexpr, TENSOR: tl.constexpr,
-    SECOND: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):
-    """One block of rows against one part of the columns: its log₂ sum, and its columns averaged under their softmax.
-
-    Grid (row blocks, parts · blocks of E, directions). With SECOND, programs of the second direction have positives as
-    rows and anchors as columns, no negatives and no log q.
-    """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    part, parts = tl.program_id(1) // chunks, tl.num_programs(1) // chunks
-    element = tl.program_id(1) % chunks * BLOCK_E
-    direction = tl.program_id(2)
-    here = row < B
-    scale = LOG2E / _temperature(temperature, TENSOR)
-    mine = row + start
-    row_anchor = _take(anchor_ids, mine, here, ANCHOR_IDS)
-    row_positive = _take(positive_ids, mine, here, POSITIVE_IDS)
-    log_peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    mean = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    q = rows_of(anchor, anchor_stride, row, B, 0, E, BLOCK_E)
-    k = rows_of(positive, positive_stride, mine, B + start, 0, E, BLOCK_E)
-    own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-    if E > BLOCK_E:
-        for e_start in range(BLOCK_E, E, BLOCK_E):
-            further_q = rows_of(anchor, anchor_stride, row, B, e_start, E, BLOCK_E)
-            further_k = rows_of(positive, positive_stride, mine, B + start, e_start, E, BLOCK_E)
-            own += tl.sum(further_q.to(tl.float32) * further_k.to(tl.float32), 1)
-    blocks = tl.cdiv(P, BLOCK_N)
-    if direction == 0:
-        everything = blocks
-        if NEGATIVES:
-            everything += tl.cdiv(N, BLOCK_N)
-        each = tl.cdiv(everything, parts)
-        first, last = part * each, tl.minimum((part + 1) * each, everything)
-        log_peak, total, mean = _stream(
-            q, anchor, anchor_stride, B, own, row, row_anchor, row_positive, log_peak, total, mean, element,
-            positive, positive_stride, anchor_ids, positive_ids, log_q,
-            first, tl.minimum(last, blocks), P, scale, margin, start, E, BLOCK_N, BLOCK_E,
-            ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, MEANS, PRECISION, UPCAST,
-        )
-        if NEGATIVES:
-            log_peak, total, mean = _stream(
-                q, anchor, anchor_stride, B, own, row, row_anchor, row_positive, log_peak, total, mean, element,
-                negative, negative_stride, anchor_ids, negative_ids, log_q + P,
-                tl.maximum(first - blocks, 0), last - blocks, N, scale, margin, start, E, BLOCK_N, BLOCK_E,
-                ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q, MARGIN, MEANS, PRECISION, UPCAST,
-            )
-        if tl.program_id(1) == 0:
-            tl.store(own_out + row, own, mask=here)
-    elif SECOND:
-        each = tl.cdiv(blocks, parts)
-        # Roles are swapped: the column's anchor is compared with the row's positive.
-        log_peak, total, mean = _stream(
-            k, positive, positive_stride, P, own, row, row_positive, row_anchor, log_peak, total, mean, element,
-            anchor, anchor_stride, positive_ids, anchor_ids, log_q,
-            part * each, tl.minimum((part + 1) * each, blocks), P, scale, margin, start, E, BLOCK_N, BLOCK_E,
-            POSITIVE_IDS, ANCHOR_IDS, ANCHOR_IDS, True, False, MARGIN, False, PRECISION, UPCAST,
-        )
-    some = total > 0
-    total = tl.where(some, total, 1.0)
-    out = (part * tl.num_programs(2) + direction).to(tl.int64) * B + row
-    if element == 0:
-        tl.store(parts_out + out, tl.where(some, log_peak + tl.log2(total), -float("inf")), mask=here)
-    if MEANS:
-        mean = mean / total[:, None]
-        e = element + tl.arange(0, BLOCK_E)
-        offsets = (part.to(tl.int64) * B + row)[:, None] * E + e[None, :]
-        tl.store(means_out + offsets, mean, mask=here[:, None] & (e < E)[None, :])
-
-
-@triton.jit(do_not_specialize=["B", "start", "temperature", "parts"])
-def contrast_finish(
-    own, parts_in, log_q, sample_weight, temperature, loss, log_rest_out, pull_out, inverse_out, B, start, parts,
-    DIRECTIONS: tl.constexpr, LOG_Q: tl.constexpr, WEIGHTED: tl.constexpr, TENSOR: tl.constexpr,
-    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Put the parts of each row's sum together, and reduce: one program for a scalar, any number for `none`."""
-    scale = LOG2E / _temperature(temperature, TENSOR)
-    losses = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(B, BLOCK), tl.num_programs(0)):
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        here = row < B
-        weight = tl.where(here, 1.0, 0.0)
-        if WEIGHTED:
-            weight = tl.load(sample_weight + row, mask=here, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for direction in tl.static_range(DIRECTIONS):
-            logit = tl.load(own + row, mask=here, other=0.0) * scale
-            if LOG_Q and direction == 0:
-                logit -= tl.load(log_q + row + start, mask=here, other=0.0).to(tl.float32) * LOG2E
-            peak = tl.full((BLOCK,), -float("inf"), tl.float32)
-            for part in range(parts):
-                at = B.to(tl.int64) * (part * DIRECTIONS + direction) + row
-                peak = tl.maximum(peak, tl.load(parts_in + at, mask=here, other=-float("inf")))
-            level = tl.where(peak == -float("inf"), 0.0, peak)
-            rest = tl.zeros((BLOCK,), tl.float32)
-            for part in range(parts):
-                at = B.to(tl.int64) * (part * DIRECTIONS + direction) + row
-                rest += tl.exp2(tl.load(parts_in + at, mask=here, other=-float("inf")) - level)
-            log_rest = tl.where(rest > 0, level + tl.log2(tl.where(rest > 0, rest, 1.0)), -float("inf"))
-            over = log_rest - logit
-            # log(1 + 2^over), either way round so that the power is at most 1
-            small = tl.exp2(-tl.abs(over))
-            total += tl.maximum(over, 0.0) * LN2 + log1p(small)
-            missed = tl.where(over > 0, 1.0, small) / (1.0 + small)
-            at = B.to(tl.int64) * direction + row
-            tl.store(log_rest_out + at, log_rest, mask=here)
-            tl.store(pull_out + at, weight * missed * (scale / (LOG2E * DIRECTIONS)), mask=here)
-        total = weight * total / DIRECTIONS
-        if REDUCTION == "none":
-            tl.store(loss + row, total, mask=here)
-        losses += tl.where(here, total, 0.0)
-        weights += weight
-    if tl.program_id(0) == 0:
-        inverse = 1.0
-        if REDUCTION == "mean":
-            weight_sum = tl.sum(weights, 0)
-            inverse = tl.where(weight_sum == 0, 0.0, 1.0 / tl.where(weight_sum == 0, 1.0, weight_sum))
-        tl.store(inverse_out, inverse)
-        if REDUCTION != "none":
-            tl.store(loss, tl.sum(losses, 0) * inverse)
+from kellm_kernels.gpu.columns import LOG2E, same, take, temperature_of
+from kellm_kernels.gpu.tiles import narrow, product, rows_of, similarities
 
 
 @triton.jit
@@ -288,14 +56,14 @@ def _pulled(
             i_here, j_here = other < other_count, tile_row < tile_count
         i_log_rest = tl.load(log_rest + i, mask=i_here, other=-float("inf"))
         i_pull = _upstream(grad, pull, i, i_here, ROWS) * shrink
-        i_anchor = _take(anchor_ids, i + start, i_here, ANCHOR_IDS)
-        i_positive = _take(positive_ids, i + start, i_here, POSITIVE_IDS)
-        j_anchor = _take(anchor_ids, j, j_here, ANCHOR_IDS and PAIRED)
-        j_id = _take(column_ids, j, j_here, COLUMN_IDS)
+        i_anchor = take(anchor_ids, i + start, i_here, ANCHOR_IDS)
+        i_positive = take(positive_ids, i + start, i_here, POSITIVE_IDS)
+        j_anchor = take(anchor_ids, j, j_here, ANCHOR_IDS and PAIRED)
+        j_id = take(column_ids, j, j_here, COLUMN_IDS)
         masked = ~(tl.expand_dims(i_here, axis) & tl.expand_dims(j_here, 1 - axis))
         if PAIRED:
             masked = masked | (tl.expand_dims(i + start, axis) == tl.expand_dims(j, 1 - axis))
-        masked = masked | _same(
+        masked = masked | same(
             tl.expand_dims(i_anchor, axis), tl.expand_dims(i_positive, axis),
             tl.expand_dims(j_anchor, 1 - axis), tl.expand_dims(j_id, 1 - axis),
             ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
@@ -314,9 +82,7 @@ def _pulled(
         weight = tl.exp2(first_logit) * tl.expand_dims(i_pull, axis)
         if SECOND and PAIRED:
             j_log_rest = tl.load(log_rest + B + j, mask=j_here, other=-float("inf"))
-            j_pull = tl.load(pull + B + j, mask=j_here, other=0.0) * shrink
-            if ROWS:
-                j_pull *= tl.load(grad + j, mask=j_here, other=0.0).to(tl.float32)
+            j_pull = _upstream(grad, pull + B, j, j_here, ROWS) * shrink
             j_level = tl.where(j_log_rest == -float("inf"), 0.0, j_log_rest)
             second_masked = masked
             if MARGIN:
@@ -353,7 +119,7 @@ def contrast_columns(
     """
     block, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     element = tl.program_id(2) * BLOCK_E
-    scale = LOG2E / _temperature(temperature, TENSOR)
+    scale = LOG2E / temperature_of(temperature, TENSOR)
     shrink = 1.0
     if SCALED:
         largest = tl.zeros((BLOCK_N,), tl.float32)
@@ -361,10 +127,7 @@ def contrast_columns(
             row = at * BLOCK_N + tl.arange(0, BLOCK_N)
             largest = tl.maximum(largest, tl.abs(_upstream(grad, pull, row, row < B, ROWS)))
             if SECOND:
-                value = tl.load(pull + B + row, mask=row < B, other=0.0)
-                if ROWS:
-                    value *= tl.load(grad + row, mask=row < B, other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, tl.abs(value))
+                largest = tl.maximum(largest, tl.abs(_upstream(grad, pull + B, row, row < B, ROWS)))
         peak = tl.max(largest, 0)
         shrink = 1.0 / tl.where(peak > 0, peak, 1.0)
     total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -464,11 +227,9 @@ def assemble(
             shared = _shared(grad, inverse, ROWS)
             own = rows_of(positive, positive_stride, row + start, B + start, 0, E, BLOCK_E).to(tl.float32)
             if SECOND:
-                second = tl.load(pull + B + row, mask=here, other=0.0)
-                if ROWS:
-                    second *= tl.load(grad + row, mask=here, other=0.0).to(tl.float32)
+                strength += _upstream(grad, pull + B, row, here, ROWS)
                 total = _added(sums, column_parts, vectors, 0, row, here, E, BLOCK_E)
-                total -= (strength + second)[:, None] * own
+                total -= strength[:, None] * own
             else:
                 level = tl.load(log_rest + row, mask=here, other=0.0)
                 level = tl.where(level == -float("inf"), 0.0, level)
@@ -497,10 +258,7 @@ def assemble(
             paired = (mine >= 0) & (mine < B)
             strength = _upstream(grad, pull, mine, paired, ROWS)
             if SECOND:
-                second = tl.load(pull + B + mine, mask=paired, other=0.0)
-                if ROWS:
-                    second *= tl.load(grad + mine, mask=paired, other=0.0).to(tl.float32)
-                strength += second
+                strength += _upstream(grad, pull + B, mine, paired, ROWS)
             own = tl.load(
                 anchor + mine.to(tl.int64)[:, None] * anchor_stride + e[None, :],
                 mask=paired[:, None] & (e < E)[None, :],
