@@ -248,7 +248,7 @@ def test_adapter_info_nce_compiles(impl: str, use_embeddings: bool) -> None:
 # Inductor imports parts of PyTorch that PyTorch itself calls deprecated.
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("other_way", [False, True])
-def test_inductor_agrees(other_way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_agrees(other_way: bool) -> None:
     """The default backend relies on what the operators tell of their results, strides included."""
     case = case_on("torch", 17, 5, 24, ("temperature",))
     anchor = relayed(case.anchor, other_way=other_way)
@@ -257,7 +257,6 @@ def test_inductor_agrees(other_way: bool, monkeypatch: pytest.MonkeyPatch) -> No
     loss = loss_of(case, "torch")
     # Its cache on disk does not know what the operators tell: code of an earlier version of them would be run.
     torch.compiler.reset()
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     options: dict[str, Any] = {"fx_graph_cache": False}
     assert_agree(torch.compile(loss, fullgraph=True, options=options), loss, leaves, leaves)
 

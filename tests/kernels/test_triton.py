@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 """Relative error of losses and gradients, inputs being the same rounded ones: a few roundings of the dtype."""
 
 pytestmark = needs_triton
+
+if DEVICE == "cuda":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms, see `poison`, ask for it
 
 
 @pytest.fixture(autouse=True)
