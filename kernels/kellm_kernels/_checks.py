@@ -61,7 +61,7 @@ def check_temperature(temperature: Tensor | float, like: Tensor) -> tuple[Tensor
     A tensor's value is looked at on the CPU alone: on a GPU that would wait for the device.
     """
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature!r}: expected a finite number above 0")
         return None, float(temperature)
     if temperature.numel() != 1 or not temperature.is_floating_point():

@@ -32,8 +32,9 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
 
 def empty_rows(vectors: Vectors, *, symmetric: bool, keep: bool, hidden: int = 0) -> Rows:
     """`Rows` of the right shapes, unfilled."""
-    own = vectors.anchor.new_empty(len(vectors.anchor), dtype=wide_dtype(vectors.anchor.dtype))
-    return _rows(own, own.new_empty(2 if symmetric else 1, len(own)), own.new_empty(()))
+    count = vectors.anchor.shape[0]
+    own = vectors.anchor.new_empty(count, dtype=wide_dtype(vectors.anchor.dtype))
+    return _rows(own, own.new_empty(2 if symmetric else 1, count), own.new_empty(()))
 
 
 def contrast_backward(

@@ -301,8 +301,9 @@ def _encoding_gradients(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """One launch; tests count them here."""
-    kernel[grid](*arguments, **options)
+    """One launch; tests count them here. Of no rows at all there is nothing to launch."""
+    if 0 not in grid:
+        kernel[grid](*arguments, **options)
 
 
 def _matrices(vectors: Vectors) -> tuple[Any, ...]:
@@ -355,7 +356,7 @@ def _upcast(dtype: torch.dtype) -> bool:
 def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPlan:
     anchor, positive, negatives = vectors
     return plan_contrast(
-        len(anchor), len(positive), 0 if negatives is None else len(negatives), anchor.shape[1],
+        anchor.shape[0], positive.shape[0], 0 if negatives is None else negatives.shape[0], anchor.shape[1],
         itemsize=anchor.dtype.itemsize, symmetric=symmetric, device=_device(anchor.device), hidden=hidden,
     )  # fmt: skip
 

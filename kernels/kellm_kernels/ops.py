@@ -78,10 +78,11 @@ def contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of anchor, positive, negatives and temperature."""
     problem = _problem(temperature, constant, extras, margin, symmetric, start, reduction)
-    d_anchor, d_positive, d_negatives, d_temperature = _backend(impl).contrast_backward(
+    grads = _backend(impl).contrast_backward(
         grad, Vectors(anchor, positive, negatives), problem, Rows(*rows), want_temperature=want_temperature
     )
-    return d_anchor, d_positive, _given(d_negatives, anchor), _given(d_temperature, anchor)
+    d_anchor, d_positive, d_negatives, d_temperature = (_given(grad, anchor) for grad in grads)
+    return d_anchor, d_positive, d_negatives, d_temperature
 
 
 def _contrast_fake(anchor: Tensor, positive: Tensor, negatives: Tensor | None, *others: Any) -> _Tensors:
@@ -94,8 +95,7 @@ def _contrast_backward_fake(
     grad: Tensor, anchor: Tensor, positive: Tensor, negatives: Tensor | None, temperature: Tensor | None, *options: Any
 ) -> _Tensors:
     wanted = temperature if options[-1] else None
-    d_anchor, d_positive = torch.empty_like(anchor), torch.empty_like(positive)
-    return d_anchor, d_positive, _empty_like(negatives, anchor), _empty_like(wanted, anchor)
+    return tuple(_empty_like(tensor, anchor) for tensor in (anchor, positive, negatives, wanted))
 
 
 def _contrast_setup(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
@@ -159,17 +159,18 @@ def adapt_backward(
     """Gradients of x, w1, b1, w2 and b2."""
     weights = AdapterWeights(w1, b1, w2, b2, activation, normalize, dtype)
     d_x, d_weights = _backend(impl).adapt_backward(grad_z, x, z, norm, hidden, weights, want_x=want_x)
-    return _given(d_x, x), *d_weights
+    d_w1, d_b1, d_w2, d_b2 = (_given(grad, x) for grad in d_weights)
+    return _given(d_x, x), d_w1, d_b1, d_w2, d_b2
 
 
 def _adapt_fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *options: Any) -> _Tensors:
     *_others, dtype, _impl, keep = options
-    return x.new_empty(len(x), len(w2), dtype=dtype), *_empty_hidden(x, len(x), w1, dtype, keep)
+    rows = x.shape[0]
+    return x.new_empty(rows, w2.shape[0], dtype=dtype), *_empty_hidden(x, rows, w1, dtype, keep)
 
 
 def _adapt_backward_fake(grad_z: Tensor, x: Tensor, *others: Any) -> _Tensors:
-    d_x = torch.empty_like(x) if others[-1] else x.new_empty(0)
-    return d_x, *(torch.empty_like(weight) for weight in others[:4])
+    return tuple(_empty_like(tensor, x) for tensor in (x if others[-1] else None, *others[:4]))
 
 
 def _adapt_setup(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
@@ -265,16 +266,18 @@ def adapt_contrast_backward(
         want_x=wanted[: len(towers)], want_temperature=wanted[7],
     )  # fmt: skip
     d_x, d_x_pos, *d_x_neg = (_given(grad, x) for grad in d_towers)
-    return d_x, d_x_pos, d_x_neg[0] if d_x_neg else x.new_empty(0), *d_weights, _given(d_temperature, x)
+    d_w1, d_b1, d_w2, d_b2 = (_given(grad, x) for grad in d_weights)
+    d_last = d_x_neg[0] if d_x_neg else x.new_empty(0)
+    return d_x, d_x_pos, d_last, d_w1, d_b1, d_w2, d_b2, _given(d_temperature, x)
 
 
 def _adapt_contrast_fake(x: Tensor, x_pos: Tensor, x_neg: Tensor | None, w1: Tensor, *others: Any) -> _Tensors:
     _b1, w2, *_rest, dtype, _constant, _margin, symmetric, reduction, impl, keep = others
     towers = _towers(x, x_pos, x_neg)
-    z, z_pos, *z_neg = (tower.new_empty(len(tower), len(w2), dtype=dtype) for tower in towers)
+    z, z_pos, *z_neg = (tower.new_empty(tower.shape[0], w2.shape[0], dtype=dtype) for tower in towers)
     negatives = z_neg[0] if z_neg else None
-    rows = _backend(impl).empty_rows(Vectors(z, z_pos, negatives), symmetric=symmetric, keep=keep, hidden=len(w1))
-    hidden = _empty_hidden(x, sum(len(tower) for tower in towers), w1, dtype, keep)
+    rows = _backend(impl).empty_rows(Vectors(z, z_pos, negatives), symmetric=symmetric, keep=keep, hidden=w1.shape[0])
+    hidden = _empty_hidden(x, sum(tower.shape[0] for tower in towers), w1, dtype, keep)
     return _empty_loss(z, reduction), z, z_pos, _given(negatives, z), *rows, *hidden
 
 
@@ -308,6 +311,7 @@ adapt_contrast.register_autograd(_adapt_contrast_grad, setup_context=_adapt_cont
 
 
 # --- What they share ----------------------------------------------------------------------------------------------
+# Sizes are read as `shape[0]`: `len` of a tensor that is only described would compile its number in.
 
 
 def _problem(
@@ -342,19 +346,19 @@ def _asked(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | Non
 
 
 def _given(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or the schema's word for None."""
-    return like.new_empty(0) if tensor is None else tensor
+    """The tensor, its elements side by side as `_empty_like` has them, or the schema's word for None."""
+    return like.new_empty(0) if tensor is None else tensor.contiguous()
 
 
 def _empty_like(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else torch.empty_like(tensor)
+    return like.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
 
 def _empty_loss(vectors: Tensor, reduction: str) -> Tensor:
-    shape = (len(vectors),) if reduction == "none" else ()
+    shape = (vectors.shape[0],) if reduction == "none" else ()
     return vectors.new_empty(shape, dtype=wide_dtype(vectors.dtype))
 
 
 def _empty_hidden(x: Tensor, rows: int, w1: Tensor, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty((rows if keep else 0, len(w1)), dtype=dtype)
+    hidden = x.new_empty((rows if keep else 0, w1.shape[0]), dtype=dtype)
     return x.new_empty(rows, dtype=wide_dtype(dtype)), hidden

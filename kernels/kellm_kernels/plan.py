@@ -13,7 +13,7 @@ from typing import NamedTuple
 _PROGRAMS_PER_PROCESSOR = 2
 _MIN_BLOCK = 16  # of a dimension of tl.dot
 _BYTES = 4  # of float32, which sums are kept in
-_FEW = 12  # float32 numbers a pair: similarities, sums, pulls, lengths, with room
+_FEW = 16  # float32 numbers a pair at most: similarity, loss, sums and pulls by direction, parts of sums, lengths
 _ROOMY = 160 << 10  # bytes of shared memory that a second stage of loads needs at the widest tile
 
 
@@ -117,7 +117,7 @@ def plan_contrast(
     row_blocks = _blocks(rows, row_tile.m) * (2 if symmetric else 1)
     column_blocks = _blocks(columns, row_tile.n) + _blocks(negatives, row_tile.n)
     # A symmetric row keeps no sums of vectors, so its parts cost next to nothing.
-    row_parts = max(1, min(wanted // row_blocks, column_blocks, 4 if symmetric else most // 2))
+    row_parts = max(1, min(wanted // max(row_blocks, 1), column_blocks, 4 if symmetric else most // 2))
     owners = _blocks(columns, column_tile.m) + _blocks(negatives, column_tile.m)
     if symmetric:
         owners += _blocks(rows, column_tile.m)

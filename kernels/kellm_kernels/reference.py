@@ -95,25 +95,33 @@ def contrast_backward(
     log_all = torch.logaddexp(own_logits(own, contrast), log_rest)
     pull = (scale * torch.exp(log_rest - log_all)).sum(0)[:, None]
     mine = slice(contrast.start, contrast.start + len(q))
-    grad_q = -pull * segments[0].columns[mine]
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # whatever layout the vectors have
+    grad_q.copy_(segments[0].columns[mine]).mul_(-pull)
     grads = [torch.zeros_like(segment.columns) for segment in segments]
     grads[0][mine] = -pull * q
     for rows in _row_blocks(q, segments, block_rows):
         for segment, grad in zip(segments, grads, strict=True):
-            logits = _similarities(q, rows, segment, contrast)
-            second = None
-            if contrast.symmetric and segment.own is not None:
-                second = (_within_margin(logits, own, contrast) - log_all[1]).exp_().mul_(scale)
-            logits = _within_margin(logits, own[rows, None], contrast)
-            if segment.log_q is not None:
-                logits -= segment.log_q
-            weights = logits.sub_(log_all[0, rows, None]).exp_().mul_(scale[rows, None])
-            if second is not None:
-                weights += second
+            weights = _weights(q, own, log_all, scale, rows, segment, contrast)
             grad_q[rows].addmm_(weights, segment.columns)
             grad.addmm_(weights.T, q[rows])
-    grad_temperature = -(q * grad_q).sum() / contrast.temperature
+            del weights  # before the next block is made
+    grad_temperature = -torch.dot(q.reshape(-1), grad_q.view(-1)) / contrast.temperature
     return grad_q, grads[0], grads[1] if negatives is not None else None, grad_temperature
+
+
+def _weights(
+    q: Tensor, own: Tensor, log_all: Tensor, scale: Tensor, rows: slice, segment: _Segment, contrast: Contrast
+) -> Tensor:
+    """Gradient of some rows' similarities with a segment's columns, the own one left out, (rows, M)."""
+    logits = _similarities(q, rows, segment, contrast)
+    second = None
+    if contrast.symmetric and segment.own is not None:
+        second = (_within_margin(logits, own, contrast) - log_all[1]).exp_().mul_(scale)
+    logits = _within_margin(logits, own[rows, None], contrast)
+    if segment.log_q is not None:
+        logits -= segment.log_q
+    weights = logits.sub_(log_all[0, rows, None]).exp_().mul_(scale[rows, None])
+    return weights if second is None else weights.add_(second)
 
 
 def own_similarity(anchor: Tensor, positive: Tensor, start: int) -> Tensor:

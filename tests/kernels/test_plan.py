@@ -24,9 +24,7 @@ def test_extra_memory_stays_within_the_bound(
     pairs: int, embedding: int, hidden: int, encoding: int, itemsize: int, symmetric: bool
 ) -> None:
     """What `fused` keeps at its two fullest moments, written out anew: 16·B·E + 8·B·H bytes at most."""
-    plan = plan_contrast(
-        pairs, pairs, 0, embedding, itemsize=itemsize, symmetric=symmetric, device=H100, hidden=hidden
-    )
+    plan = plan_contrast(pairs, pairs, 0, embedding, itemsize=itemsize, symmetric=symmetric, device=H100, hidden=hidden)
     assert plan.row_parts >= 1
     assert plan.column_parts >= 1
     directions = 2 if symmetric else 1

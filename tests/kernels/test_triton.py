@@ -266,6 +266,14 @@ def test_the_adapter_alone() -> None:
     assert relative_error(grads, [truth.double() for truth in truths]) < 1e-5
 
 
+def test_no_rows_give_no_rows() -> None:
+    weights = [weight.detach().to(DEVICE).requires_grad_() for weight in adapter_weights(16, 8, 8, dtype=torch.float32)]
+    z = adapter_mlp(torch.empty(0, 16, device=DEVICE), *weights, impl="triton")
+    assert z.shape == (0, 8)
+    for grad in torch.autograd.grad(z.sum(), weights):
+        assert not bool(grad.any())
+
+
 def test_weights_of_zero_give_zeros() -> None:
     x = torch.ones(5, 16, device=DEVICE)
     weights = [torch.zeros(shape, device=DEVICE, requires_grad=True) for shape in ((8, 16), (8,), (8, 8), (8,))]
