@@ -132,12 +132,12 @@ def _most_parts(embedding: int, hidden: int, itemsize: int, symmetric: bool) -> 
     Kept besides: the hidden layer and the gradients of embeddings in the vectors' dtype where there is an adapter, and
     a few numbers a pair. In float32, gradients of embeddings take the place of one part of the columns' sums.
     """
-    part = _BYTES * embedding * (2 if symmetric else 1)
+    part = _BYTES * (embedding * (2 if symmetric else 1) + 1)  # and the logarithm of its sum
     free = 16 * embedding + 8 * hidden - _BYTES * _FEW
     if hidden:
         free -= 2 * itemsize * (hidden + embedding)
         if itemsize == _BYTES:
-            free += part
+            free += part - _BYTES
     return max(1 if symmetric else 2, free // part)
 
 
@@ -157,7 +157,7 @@ def plan_adapter(
     """
     forward, tile, block_e = adapter_tiles(embedding, itemsize, device)
     weights = hidden * encoding + hidden + embedding * hidden + embedding
-    kept = 2 * itemsize * (hidden + embedding) + _BYTES * (embedding * kept_parts + _FEW)
+    kept = 2 * itemsize * (hidden + embedding) + _BYTES * ((embedding + 1) * kept_parts + _FEW)
     affordable = rows * max(16 * embedding + 8 * hidden - kept, 0) // (2 * _BYTES * weights)
     programs = _blocks(hidden, tile.n) * (_blocks(encoding, tile.k) + _blocks(embedding, block_e))
     wanted = _PROGRAMS_PER_PROCESSOR * device.processors // programs
