@@ -266,6 +266,19 @@ def test_the_adapter_alone() -> None:
     assert relative_error(grads, [truth.double() for truth in truths]) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("place", ["anchor", "positive", "negatives"])
+def test_a_nan_is_not_hidden(place: str) -> None:
+    given = on_device(problem(20, 5, 16, dtype=torch.float32).only("anchor_ids"))
+    with torch.no_grad():
+        getattr(given, place)[3, 2] = torch.nan
+    loss = info_nce(
+        *given[:2], negatives=given.negatives, anchor_ids=given.options["anchor_ids"], reduction="none", impl="triton"
+    )
+    # A NaN among the columns reaches every row, unless its own id masks it there.
+    assert int(loss.isnan().sum()) >= {"anchor": 1, "positive": 15, "negatives": 20}[place]
+
+
 def test_no_rows_give_no_rows() -> None:
     weights = [weight.detach().to(DEVICE).requires_grad_() for weight in adapter_weights(16, 8, 8, dtype=torch.float32)]
     z = adapter_mlp(torch.empty(0, 16, device=DEVICE), *weights, impl="triton")

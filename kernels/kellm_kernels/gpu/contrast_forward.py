@@ -138,11 +138,11 @@ def contrast_rows(
             part * each, tl.minimum((part + 1) * each, blocks), P, scale, margin, start, E, BLOCK_N, BLOCK_E,
             POSITIVE_IDS, ANCHOR_IDS, ANCHOR_IDS, True, False, MARGIN, False, PRECISION, UPCAST,
         )
-    some = total > 0
-    total = tl.where(some, total, 1.0)
+    none = total == 0.0  # every column is masked; a NaN is not, and goes on
+    total = tl.where(none, 1.0, total)
     out = (part * tl.num_programs(2) + direction).to(tl.int64) * B + row
     if element == 0:
-        tl.store(parts_out + out, tl.where(some, log_peak + tl.log2(total), -float("inf")), mask=here)
+        tl.store(parts_out + out, tl.where(none, -float("inf"), log_peak + tl.log2(total)), mask=here)
     if MEANS:
         mean = mean / total[:, None]
         e = element + tl.arange(0, BLOCK_E)
@@ -180,7 +180,8 @@ def contrast_finish(
             for part in range(parts):
                 at = B.to(tl.int64) * (part * DIRECTIONS + direction) + row
                 rest += tl.exp2(tl.load(parts_in + at, mask=here, other=-float("inf")) - level)
-            log_rest = tl.where(rest > 0, level + tl.log2(tl.where(rest > 0, rest, 1.0)), -float("inf"))
+            none = rest == 0.0
+            log_rest = tl.where(none, -float("inf"), level + tl.log2(tl.where(none, 1.0, rest)))
             over = log_rest - logit
             # log(1 + 2^over), either way round so that the power is at most 1
             small = tl.exp2(-tl.abs(over))
