@@ -73,8 +73,10 @@ class Adapter(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """w1 (H, D), b1 (H,), w2 (E, H), b2 (E,), the standardisation folded in: the plain MLP over encodings."""
-        w1 = self.hidden.weight / self.std
-        return w1, self.hidden.bias - w1 @ self.mean, self.output.weight, self.output.bias
+        with torch.autocast(self.mean.device.type, enabled=False):  # a mean's small components add up
+            w1 = self.hidden.weight / self.std
+            b1 = self.hidden.bias - w1 @ self.mean
+        return w1, b1, self.output.weight, self.output.bias
 
     def forward(self, encodings: Tensor) -> Tensor:
         """Encodings (..., D) -> embeddings (..., E)."""

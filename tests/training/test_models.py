@@ -128,3 +128,11 @@ def test_contrastive_module_takes_any_adapter() -> None:
     loss, z, z_pos = AdapterInfoNCE(temperature=0.5)(layer, x, x_pos)
     torch.testing.assert_close(loss, functional.cross_entropy(z @ z_pos.T / 0.5, torch.arange(7)))
     torch.testing.assert_close(z, layer(x))
+
+
+def test_standardisation_is_not_narrowed_by_autocast() -> None:
+    adapter = Adapter(64, 16, 8)
+    adapter.standardize(torch.randn(100, 64, generator=torch.Generator().manual_seed(0)) * 0.05 + 3)
+    plain = adapter.weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(adapter.weights(), plain, rtol=0, atol=0)
