@@ -48,5 +48,5 @@ def adapter_mlp(
     chosen = choose_impl(impl, x.device, dtype, len(w2), *w1.shape)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, b1, w2, b2))
     flat = x.reshape(-1, x.shape[-1])
-    z: Tensor = ops.adapt(flat, w1, b1, w2, b2, activation, normalize, dtype, chosen, keep)[0]
+    z: Tensor = ops.run_adapt(flat, w1, b1, w2, b2, activation, normalize, dtype, chosen, keep)[0]
     return z.view(*x.shape[:-1], len(w2))

@@ -153,7 +153,7 @@ def info_nce_shard(
     keep = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (anchor, positive, negatives, tensor)
     )
-    loss: Tensor = ops.contrast(
+    loss: Tensor = ops.run_contrast(
         anchor, positive, negatives, tensor, *extras, constant, margin, symmetric, start, reduction, chosen, keep
     )[0]
     return loss

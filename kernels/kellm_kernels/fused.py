@@ -19,7 +19,7 @@ from torch import Tensor
 from kellm_kernels.gpu import adapter as adapter_kernels
 from kellm_kernels.gpu import contrast_backward as backward_kernels
 from kellm_kernels.gpu import contrast_forward as forward_kernels
-from kellm_kernels.plan import AdapterPlan, ContrastPlan, Device, padded, plan_adapter, plan_contrast
+from kellm_kernels.plan import AdapterPlan, ContrastPlan, Device, blocks_of, padded, plan_adapter, plan_contrast
 from kellm_kernels.problem import MIN_NORM, AdapterWeights, Contrast, Rows, Vectors, WeightGrads
 
 INTERPRETED = not isinstance(forward_kernels.contrast_rows, triton.JITFunction)
@@ -45,14 +45,14 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
     with _device_of(vectors.anchor):
         _launch(
             forward_kernels.contrast_rows,
-            (triton.cdiv(count, plan.rows.m), plan.row_parts * triton.cdiv(dim, plan.block_e), problem.directions),
+            (blocks_of(count, plan.rows.m), plan.row_parts * blocks_of(dim, plan.block_e), problem.directions),
             *_columns(vectors, problem), rows.own, parts, rows.means, *_counts(vectors, problem), problem.margin or 0.0,
             E=dim, BLOCK_M=plan.rows.m, BLOCK_N=plan.rows.n, BLOCK_E=plan.block_e, MEANS=with_means,
             **_options(vectors, problem), num_warps=plan.rows.warps, num_stages=plan.rows.stages,
         )  # fmt: skip
         _launch(
             forward_kernels.contrast_finish,
-            (triton.cdiv(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
+            (blocks_of(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
             rows.own, parts, _or(problem.log_q, loss), _or(problem.sample_weight, loss), problem.temperature,
             loss, rows.log_rest, rows.pull, rows.inverse_weight, count, problem.start, plan.row_parts,
             DIRECTIONS=problem.directions, LOG_Q=problem.log_q is not None,
@@ -96,16 +96,16 @@ def adapt(towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool) -> t
     """Embeddings of each tower; lengths before normalisation (ΣR,) and, if kept, the hidden layer (ΣR, H)."""
     towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
     tile = _adapter_plan(towers, weights, 0).forward
-    total, x = sum(len(tower) for tower in towers), towers[0]
-    embeddings = [x.new_empty(len(tower), len(weights.w2), dtype=weights.dtype) for tower in towers]
+    total, x = sum(tower.shape[0] for tower in towers), towers[0]
+    embeddings = [x.new_empty(tower.shape[0], weights.w2.shape[0], dtype=weights.dtype) for tower in towers]
     norm = x.new_empty(total, dtype=torch.float32)
-    hidden = x.new_empty(total if keep else 0, len(weights.w1), dtype=weights.dtype)
+    hidden = x.new_empty(total if keep else 0, weights.w1.shape[0], dtype=weights.dtype)
     with _device_of(x):
         _launch(
             adapter_kernels.adapter_forward,
-            (sum(triton.cdiv(len(tower), tile.m) for tower in towers),),
+            (sum(blocks_of(tower.shape[0], tile.m) for tower in towers),),
             *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4], *_three(embeddings), norm, hidden,
-            **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(len(weights.w2)),
+            **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
             ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep, MIN_NORM=MIN_NORM,
             **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -145,9 +145,9 @@ def adapt_contrast_backward(
 ) -> tuple[list[Tensor | None], WeightGrads, Tensor | None]:
     """As `adapt_backward` for all towers, upstream being what reached the loss and what reached the embeddings."""
     towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
-    plan = _contrast_plan(vectors, problem.symmetric, len(weights.w1))
-    anchors, pairs = len(vectors.anchor), len(vectors.anchor) + len(vectors.positive)
-    d_y = vectors.anchor.new_empty(sum(len(x) for x in towers), len(weights.w2))
+    plan = _contrast_plan(vectors, problem.symmetric, weights.w1.shape[0])
+    anchors, pairs = vectors.anchor.shape[0], vectors.anchor.shape[0] + vectors.positive.shape[0]
+    d_y = vectors.anchor.new_empty(sum(x.shape[0] for x in towers), weights.w2.shape[0])
     upstream = (
         None if grad_z is None else grad_z.contiguous(),
         None if grad_z_pos is None else grad_z_pos.contiguous(),
@@ -176,16 +176,16 @@ def _column_sums(
     gradients of the embeddings, (B + P + N, E), will be: `assemble` reads each row of it before writing the same one.
     """
     dim, tile = vectors.anchor.shape[1], plan.columns
-    lengths = [len(vectors.positive), 0 if vectors.negatives is None else len(vectors.negatives)]
+    lengths = [vectors.positive.shape[0], 0 if vectors.negatives is None else vectors.negatives.shape[0]]
     if problem.symmetric:
-        lengths.append(len(vectors.anchor))
+        lengths.append(vectors.anchor.shape[0])
     if place is not None and place.dtype == torch.float32 and plan.column_parts == 1:
         sums = place[len(place) - sum(lengths) :]
     else:
         sums = grad.new_empty(plan.column_parts, sum(lengths), dim, dtype=torch.float32)
     _launch(
         backward_kernels.contrast_columns,
-        (sum(triton.cdiv(length, tile.m) for length in lengths), plan.column_parts, triton.cdiv(dim, plan.block_e)),
+        (sum(blocks_of(length, tile.m) for length in lengths), plan.column_parts, blocks_of(dim, plan.block_e)),
         *_columns(vectors, problem), rows.own, rows.log_rest, rows.pull, grad, sums,
         *_counts(vectors, problem), problem.margin or 0.0,
         E=dim, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_E=plan.block_e,
@@ -214,13 +214,13 @@ def _assemble(
     loss = grad is not None and rows is not None
     width = padded(anchor.shape[1])
     block = min(64, _ASSEMBLE_ELEMENTS // width)
-    blocks = triton.cdiv(len(anchor), block)
+    blocks = blocks_of(anchor.shape[0], block)
     by_block = anchor.new_empty(blocks if temperature and loss else 0, dtype=torch.float32)
     kept = Rows(*[anchor] * len(Rows._fields)) if rows is None else rows
     others = [v for v in (positive, negatives) if v is not None]
     _launch(
         backward_kernels.assemble,
-        (blocks + sum(triton.cdiv(len(other), block) for other in others),),
+        (blocks + sum(blocks_of(other.shape[0], block) for other in others),),
         *_matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull, _or(sums, anchor), _or(grad, anchor),
         kept.inverse_weight, problem.temperature if temperature else anchor,
         _or(upstream[0], anchor), _or(upstream[1], anchor), _or(norm, anchor),
@@ -249,10 +249,10 @@ def _weight_gradients(
     if plan.weight_parts > 1:
         parts = [grad.new_empty(plan.weight_parts, *grad.shape, dtype=torch.float32) for grad in grads]
     tile, dims = plan.backward, _dims(weights)
-    d_blocks, e_blocks = triton.cdiv(dims["D"], tile.k), triton.cdiv(dims["E"], plan.block_e)
+    d_blocks, e_blocks = blocks_of(dims["D"], tile.k), blocks_of(dims["E"], plan.block_e)
     _launch(
         adapter_kernels.adapter_weights,
-        (triton.cdiv(dims["H"], tile.n), d_blocks + e_blocks, plan.weight_parts),
+        (blocks_of(dims["H"], tile.n), d_blocks + e_blocks, plan.weight_parts),
         *_three(towers), *_strides(towers), *_lengths(towers), d_y, hidden, weights.w2, *parts,
         **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
         ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -261,7 +261,7 @@ def _weight_gradients(
         longest = max(grad.numel() for grad in grads)
         _launch(
             adapter_kernels.add_parts,
-            (triton.cdiv(longest, _ADD_BLOCK),),
+            (blocks_of(longest, _ADD_BLOCK),),
             *parts, *grads, plan.weight_parts, **dims, BLOCK=_ADD_BLOCK, UPCAST=_upcast(grads[0].dtype),
             num_warps=_WARPS,
         )  # fmt: skip
@@ -283,13 +283,13 @@ def _encoding_gradients(
         if want:
             wanted.append(d_towers[-1])
             offsets.append(start)
-        start += len(x)
+        start += x.shape[0]
     if not wanted:
         return d_towers
     tile, dims = plan.backward, _dims(weights)
     _launch(
         adapter_kernels.adapter_encodings,
-        (sum(triton.cdiv(length, tile.m) for length in _lengths(wanted)), triton.cdiv(dims["D"], tile.k)),
+        (sum(blocks_of(length, tile.m) for length in _lengths(wanted)), blocks_of(dims["D"], tile.k)),
         *_lengths(wanted), *[*offsets, 0, 0][:3], d_y, hidden, weights.w1, weights.w2, *_three(wanted),
         **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
         ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -320,8 +320,8 @@ def _columns(vectors: Vectors, problem: Contrast) -> tuple[Any, ...]:
 
 
 def _counts(vectors: Vectors, problem: Contrast) -> tuple[int, int, int, int]:
-    negatives = 0 if vectors.negatives is None else len(vectors.negatives)
-    return len(vectors.anchor), len(vectors.positive), negatives, problem.start
+    negatives = 0 if vectors.negatives is None else vectors.negatives.shape[0]
+    return vectors.anchor.shape[0], vectors.positive.shape[0], negatives, problem.start
 
 
 def _options(vectors: Vectors, problem: Contrast) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _options(vectors: Vectors, problem: Contrast) -> dict[str, Any]:
         "POSITIVE_IDS": problem.positive_ids is not None,
         "NEGATIVE_IDS": problem.negative_ids is not None,
         "LOG_Q": problem.log_q is not None,
-        "NEGATIVE_LOG_Q": problem.log_q is not None and len(problem.log_q) > len(vectors.positive),
+        "NEGATIVE_LOG_Q": problem.log_q is not None and len(problem.log_q) > vectors.positive.shape[0],
         "MARGIN": problem.margin is not None,
         "TENSOR": isinstance(problem.temperature, Tensor),
         "SECOND": problem.symmetric,
@@ -364,7 +364,7 @@ def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPl
 def _adapter_plan(towers: Sequence[Tensor], weights: AdapterWeights, kept_parts: int) -> AdapterPlan:
     dims = _dims(weights)
     return plan_adapter(
-        sum(len(x) for x in towers), dims["D"], dims["H"], dims["E"], itemsize=weights.dtype.itemsize,
+        sum(x.shape[0] for x in towers), dims["D"], dims["H"], dims["E"], itemsize=weights.dtype.itemsize,
         device=_device(towers[0].device), kept_parts=kept_parts,
     )  # fmt: skip
 
@@ -419,9 +419,9 @@ def _strides(towers: Sequence[Tensor]) -> list[int]:
 
 
 def _lengths(towers: Sequence[Any]) -> list[int]:
-    return [*(len(x) for x in towers), 0, 0][:3]
+    return [*(x.shape[0] for x in towers), 0, 0][:3]
 
 
 def _dims(weights: AdapterWeights) -> dict[str, int]:
     hidden, encoding = weights.w1.shape
-    return {"D": encoding, "H": hidden, "E": len(weights.w2)}
+    return {"D": encoding, "H": hidden, "E": weights.w2.shape[0]}

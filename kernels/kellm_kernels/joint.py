@@ -79,7 +79,7 @@ def adapter_info_nce(
     chosen = choose_impl(impl, x.device, dtype, len(w2), *w1.shape)
     inputs = (x, x_pos, x_neg, w1, b1, w2, b2, tensor)
     keep = torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in inputs)
-    loss, z, z_pos, *_ = ops.adapt_contrast(
+    loss, z, z_pos, *_ = ops.run_adapt_contrast(
         *inputs, *extras, activation, normalize, dtype, constant, margin, symmetric, reduction, chosen, keep
     )
     return loss, z, z_pos

@@ -1,6 +1,7 @@
 """The operators behind the public functions: opaque to `torch.compile`, with their gradients as operators again.
 
-Three forward operators (`kellm::contrast`, `kellm::adapt`, `kellm::adapt_contrast`) and the backward of each. `impl` is
+Three forward operators (`kellm::contrast`, `kellm::adapt`, `kellm::adapt_contrast`) and the backward of each. Public
+functions call them through `run_contrast`, `run_adapt` and `run_adapt_contrast`. `impl` is
 `torch` or `triton`, chosen before; `keep` says that backward will follow. A schema has no optional result: gradients
 that no one asked for, and parts of `Rows` that an implementation does without, are empty, (0,). The loss's tensors that
 take no gradient are its `extras`: anchor_ids, positive_ids, negative_ids, log_q, sample_weight.
@@ -8,7 +9,8 @@ take no gradient are its `extras`: anchor_ids, positive_ids, negative_ids, log_q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,30 @@ from kellm_kernels import eager
 from kellm_kernels.problem import AdapterWeights, Contrast, Rows, Vectors, wide_dtype
 
 _Tensors = tuple[Tensor, ...]
+_Forward = Callable[..., Any]
+_Backward = Callable[..., Any]
+
+
+def _runner(operator: _Forward, forward: _Forward, setup: Callable[..., None], backward: _Backward) -> _Forward:
+    """What a public function calls: the operator while PyTorch compiles, and else what it does, without the way there.
+
+    To call operators of forty arguments costs PyTorch 0.4 ms in forward and backward, more than small batches take.
+    """
+
+    def forward_in(ctx: Any, *arguments: Any) -> Any:
+        output = forward(*arguments)
+        setup(ctx, arguments, output)
+        return output
+
+    # Not as `setup_context`, for which PyTorch reads the forward's signature anew in each call.
+    once = torch.autograd.function.once_differentiable(backward)
+    members = {"forward": staticmethod(forward_in), "backward": staticmethod(once)}
+    function: Any = type(forward.__name__, (torch.autograd.Function,), members)
+
+    def run(*arguments: Any) -> Any:
+        return operator(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+
+    return run
 
 
 def _backend(impl: str) -> ModuleType:
@@ -33,8 +59,7 @@ def _backend(impl: str) -> ModuleType:
 # --- InfoNCE ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kellm::contrast", mutates_args=())
-def contrast(
+def _contrast(
     anchor: Tensor,
     positive: Tensor,
     negatives: Tensor | None,
@@ -59,8 +84,7 @@ def contrast(
     return loss, *rows
 
 
-@torch.library.custom_op("kellm::contrast_backward", mutates_args=())
-def contrast_backward(
+def _contrast_backward(
     grad: Tensor,
     anchor: Tensor,
     positive: Tensor,
@@ -104,24 +128,28 @@ def _contrast_setup(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None
     ctx.options = inputs[9:-1]
 
 
-def _contrast_grad(ctx: Any, grad: Tensor | None, *_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+def _contrast_grad(
+    backward: _Backward, ctx: Any, grad: Tensor | None, *_rows: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 16
     tensors, extras, rows = _split(ctx.saved_tensors, 4)
-    grads = contrast_backward(grad, *tensors, extras, rows, *ctx.options, ctx.needs_input_grad[3])
+    grads = backward(grad, *tensors, extras, rows, *ctx.options, ctx.needs_input_grad[3])
     return *_asked(grads, ctx.needs_input_grad), *(None,) * 12
 
 
+contrast = torch.library.custom_op("kellm::contrast", _contrast, mutates_args=())
+contrast_backward = torch.library.custom_op("kellm::contrast_backward", _contrast_backward, mutates_args=())
 contrast.register_fake(_contrast_fake)
 contrast_backward.register_fake(_contrast_backward_fake)
-contrast.register_autograd(_contrast_grad, setup_context=_contrast_setup)
+contrast.register_autograd(partial(_contrast_grad, contrast_backward), setup_context=_contrast_setup)
+run_contrast = _runner(contrast, _contrast, _contrast_setup, partial(_contrast_grad, _contrast_backward))
 
 
 # --- The adapter --------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kellm::adapt", mutates_args=())
-def adapt(
+def _adapt(
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
@@ -139,8 +167,7 @@ def adapt(
     return z, norm, hidden
 
 
-@torch.library.custom_op("kellm::adapt_backward", mutates_args=())
-def adapt_backward(
+def _adapt_backward(
     grad_z: Tensor,
     x: Tensor,
     w1: Tensor,
@@ -179,23 +206,27 @@ def _adapt_setup(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
     ctx.options = inputs[5:-1]
 
 
-def _adapt_grad(ctx: Any, grad_z: Tensor | None, *_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+def _adapt_grad(
+    backward: _Backward, ctx: Any, grad_z: Tensor | None, *_kept: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad_z is None:
         return (None,) * 10
-    grads = adapt_backward(grad_z, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[0])
+    grads = backward(grad_z, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[0])
     return *_asked(grads, ctx.needs_input_grad), *(None,) * 5
 
 
+adapt = torch.library.custom_op("kellm::adapt", _adapt, mutates_args=())
+adapt_backward = torch.library.custom_op("kellm::adapt_backward", _adapt_backward, mutates_args=())
 adapt.register_fake(_adapt_fake)
 adapt_backward.register_fake(_adapt_backward_fake)
-adapt.register_autograd(_adapt_grad, setup_context=_adapt_setup)
+adapt.register_autograd(partial(_adapt_grad, adapt_backward), setup_context=_adapt_setup)
+run_adapt = _runner(adapt, _adapt, _adapt_setup, partial(_adapt_grad, _adapt_backward))
 
 
 # --- Both ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("kellm::adapt_contrast", mutates_args=())
-def adapt_contrast(
+def _adapt_contrast(
     x: Tensor,
     x_pos: Tensor,
     x_neg: Tensor | None,
@@ -230,8 +261,7 @@ def adapt_contrast(
     return loss, z, z_pos, _given(negatives, z), *rows, norm, hidden
 
 
-@torch.library.custom_op("kellm::adapt_contrast_backward", mutates_args=())
-def adapt_contrast_backward(
+def _adapt_contrast_backward(
     grad: Tensor | None,
     grad_z: Tensor | None,
     grad_z_pos: Tensor | None,
@@ -296,18 +326,27 @@ def _adapt_contrast_setup(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -
     ctx.options = inputs[13:-1]
 
 
-def _adapt_contrast_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _adapt_contrast_grad(backward: _Backward, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(grad is None for grad in grads[:3]):
         return (None,) * 22
     tensors, extras, kept = _split(ctx.saved_tensors, 8)
     wanted = ctx.needs_input_grad[:8]
-    results = adapt_contrast_backward(*grads[:3], *tensors, extras, kept, *ctx.options, wanted)
+    results = backward(*grads[:3], *tensors, extras, kept, *ctx.options, wanted)
     return *_asked(results, wanted), *(None,) * 14
 
 
+adapt_contrast = torch.library.custom_op("kellm::adapt_contrast", _adapt_contrast, mutates_args=())
+adapt_contrast_backward = torch.library.custom_op(
+    "kellm::adapt_contrast_backward", _adapt_contrast_backward, mutates_args=()
+)
 adapt_contrast.register_fake(_adapt_contrast_fake)
 adapt_contrast_backward.register_fake(_adapt_contrast_backward_fake)
-adapt_contrast.register_autograd(_adapt_contrast_grad, setup_context=_adapt_contrast_setup)
+adapt_contrast.register_autograd(
+    partial(_adapt_contrast_grad, adapt_contrast_backward), setup_context=_adapt_contrast_setup
+)
+run_adapt_contrast = _runner(
+    adapt_contrast, _adapt_contrast, _adapt_contrast_setup, partial(_adapt_contrast_grad, _adapt_contrast_backward)
+)
 
 
 # --- What they share ----------------------------------------------------------------------------------------------

@@ -61,6 +61,11 @@ class AdapterPlan(NamedTuple):
     weight_parts: int
 
 
+def blocks_of(count: int, block: int) -> int:
+    """How many blocks hold `count`."""
+    return -(-count // block)
+
+
 def padded(dim: int) -> int:
     """The power of two, 16 at least, that holds `dim`."""
     return max(_MIN_BLOCK, 1 << (dim - 1).bit_length())
@@ -112,17 +117,17 @@ def plan_contrast(
         hidden: H where the adapter is part of the computation, else 0.
     """
     block_e, row_tile, column_tile = contrast_tiles(embedding, itemsize, device, symmetric=symmetric)
-    wanted = _PROGRAMS_PER_PROCESSOR * device.processors // _blocks(embedding, block_e)
+    wanted = _PROGRAMS_PER_PROCESSOR * device.processors // blocks_of(embedding, block_e)
     most = _most_parts(embedding, hidden, itemsize, symmetric)
-    row_blocks = _blocks(rows, row_tile.m) * (2 if symmetric else 1)
-    column_blocks = _blocks(columns, row_tile.n) + _blocks(negatives, row_tile.n)
+    row_blocks = blocks_of(rows, row_tile.m) * (2 if symmetric else 1)
+    column_blocks = blocks_of(columns, row_tile.n) + blocks_of(negatives, row_tile.n)
     # A symmetric row keeps no sums of vectors, so its parts cost next to nothing.
     row_parts = max(1, min(wanted // max(row_blocks, 1), column_blocks, 4 if symmetric else most // 2))
-    owners = _blocks(columns, column_tile.m) + _blocks(negatives, column_tile.m)
+    owners = blocks_of(columns, column_tile.m) + blocks_of(negatives, column_tile.m)
     if symmetric:
-        owners += _blocks(rows, column_tile.m)
+        owners += blocks_of(rows, column_tile.m)
     left = most if symmetric else most - row_parts
-    column_parts = max(1, min(wanted // max(owners, 1), _blocks(rows, column_tile.n), left))
+    column_parts = max(1, min(wanted // max(owners, 1), blocks_of(rows, column_tile.n), left))
     return ContrastPlan(block_e, row_tile, column_tile, row_parts, column_parts)
 
 
@@ -159,10 +164,6 @@ def plan_adapter(
     weights = hidden * encoding + hidden + embedding * hidden + embedding
     kept = 2 * itemsize * (hidden + embedding) + _BYTES * ((embedding + 1) * kept_parts + _FEW)
     affordable = rows * max(16 * embedding + 8 * hidden - kept, 0) // (2 * _BYTES * weights)
-    programs = _blocks(hidden, tile.n) * (_blocks(encoding, tile.k) + _blocks(embedding, block_e))
+    programs = blocks_of(hidden, tile.n) * (blocks_of(encoding, tile.k) + blocks_of(embedding, block_e))
     wanted = _PROGRAMS_PER_PROCESSOR * device.processors // programs
-    return AdapterPlan(forward, tile, block_e, max(1, min(wanted, _blocks(rows, tile.m), affordable)))
-
-
-def _blocks(count: int, block: int) -> int:
-    return -(-count // block)
+    return AdapterPlan(forward, tile, block_e, max(1, min(wanted, blocks_of(rows, tile.m), affordable)))
