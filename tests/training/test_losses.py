@@ -171,9 +171,9 @@ def batch(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def by_calls(module: Callable[[Tensor], Tensor], given: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
     """The composition that the module stands for."""
-    others = {name: value for name, value in given.items() if not name.startswith("x")}
+    others: dict[str, Any] = {name: value for name, value in given.items() if not name.startswith("x")}
     z, z_pos, z_neg = module(given["x"]), module(given["x_pos"]), module(given["x_neg"])
-    return info_nce(z, z_pos, negatives=z_neg, **others, **options, impl="torch"), z, z_pos  # type: ignore[arg-type]
+    return info_nce(z, z_pos, negatives=z_neg, **others, **options, impl="torch"), z, z_pos
 
 
 def gradients(results: tuple[Tensor, ...], *modules: nn.Module) -> dict[str, Tensor]:
