@@ -13,13 +13,10 @@ import argparse
 import csv
 import datetime
 import gc
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,12 +26,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# Beside this folder, which is on the path already: neither is installed where only a checkout is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from bench_place import add_wheels, device_name, git_commit, one_line, triton_version
+from bench_variants import IMPLS, OPS, NotHereError, Problem, Shape, build, true_gradients, true_loss
+from memory import peak_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "kernels"), str(Path(__file__).parent)]
-
-from bench_variants import IMPLS, OPS, NotHereError, Problem, Shape, build, true_gradients, true_loss  # noqa: E402  the path is set just above
-from memory import peak_bytes  # noqa: E402  likewise
-
 FIELDS = (
     "date op directions impl mode method B D H E columns dtype device torch triton commit p20_ms p50_ms p80_ms cpu_ms "
     "peak_mib floor_ms share_of_floor copy_gb_s matmul_tflop_s rounds error"
@@ -482,55 +482,6 @@ def ratio(row: Row, ours: Row | None, key: str) -> str:
     if not isinstance(mine, float) or not isinstance(theirs, float) or theirs <= 0:
         return "-"
     return f"{mine / theirs:.2f}"
-
-
-def add_wheels(folder: Path) -> None:
-    """Put every wheel of `folder` on the path, unpacked: Triton reads the source files of kernels."""
-    wheels = sorted(folder.glob("*.whl"))
-    if not wheels:
-        raise SystemExit(f"--wheels {folder}: no *.whl there")
-    target = tempfile.mkdtemp(prefix="bench_wheels_")
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target)
-    sys.path.append(target)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU, or the processor with the number of threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} thread(s)"
-
-
-def triton_version() -> str:
-    """Its version, empty where there is none."""
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return str(triton.__version__)
-
-
-def git_commit() -> str:
-    """The checkout's commit, with a + where tracked files differ from it; `unknown` without git."""
-    try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changes else "")
-
-
-def one_line(error: Exception) -> str:
-    """The error's kind and the beginning of its first line."""
-    text = str(error).strip().split("\n")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 if __name__ == "__main__":

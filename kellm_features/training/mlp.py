@@ -198,4 +198,4 @@ def _remembered(key: int, _modes: tuple[bool, ...]) -> _Form | str | None:
 
 
 _remembered_constant: Callable[[int, tuple[bool, ...]], _Form | str | None]
-_remembered_constant = torch.compiler.assume_constant_result(_remembered)  # type: ignore[no-untyped-call]  # has no types
+_remembered_constant = torch.compiler.assume_constant_result(_remembered)  # type: ignore[no-untyped-call]  # PyTorch declares no types for it

@@ -190,6 +190,17 @@ def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
     return max(float((value - truth).norm() / truth.norm()) for value, truth in pairs)
 
 
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values, columns side by side."""
+    return tensor.T.contiguous().T
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values as every other row and every other element of a larger tensor."""
+    wide = tensor.new_full(tuple(2 * size for size in tensor.shape), torch.nan if tensor.is_floating_point() else -7)
+    return wide[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
+
+
 def _ids(ids: Tensor | None, count: int, unique: Iterator[int]) -> Tensor:
     return torch.tensor(list(itertools.islice(unique, count))) if ids is None else ids.long()
 

@@ -16,7 +16,14 @@ from torch.nn import functional
 from kellm_kernels import adapter_mlp, reference
 
 from .memory import peak_bytes
-from .oracle import adapter_weights, eager_adapter, needs_triton, relative_error
+from .oracle import (
+    adapter_weights,
+    eager_adapter,
+    needs_triton,
+    relative_error,
+    strided,
+    transposed,
+)
 
 Array = npt.NDArray[np.float64]
 MIB = 2**20
@@ -181,15 +188,6 @@ def test_gradients_of_vectors_of_hardly_any_length(scale: float) -> None:
     grads, wanted = (grads_of(mlp(*leaves), leaves) for mlp in (adapter_mlp, unfused))
     for grad, truth in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, truth, rtol=1e-9, atol=1e-9 * max(1.0, float(truth.abs().max())))
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.T.contiguous().T
-
-
-def strided(tensor: Tensor) -> Tensor:
-    wide = tensor.new_full(tuple(2 * size for size in tensor.shape), torch.nan)
-    return wide[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
 
 
 @pytest.mark.parametrize("layout", [transposed, strided])

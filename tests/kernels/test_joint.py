@@ -13,7 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from kellm_kernels import adapter_info_nce, adapter_mlp, info_nce
 
 from .memory import peak_bytes
-from .oracle import adapter_weights, eager_adapter, eager_loss, margin_among, needs_triton, problem, relative_error
+from .oracle import (
+    adapter_weights,
+    eager_adapter,
+    eager_loss,
+    margin_among,
+    needs_triton,
+    problem,
+    relative_error,
+    strided,
+    transposed,
+)
 
 Results = tuple[Tensor, Tensor, Tensor]
 OPTIONS = {
@@ -223,15 +233,6 @@ def test_autocast_narrows_the_adapter_and_not_the_loss(symmetric: bool) -> None:
     grads = torch.autograd.grad(loss, case.leaves)
     assert {grad.dtype for grad in grads} == {torch.float32}
     assert relative_error(grads, torch.autograd.grad(case.plain()[0], case.leaves)) < 3e-2
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    return tensor.T.contiguous().T
-
-
-def strided(tensor: Tensor) -> Tensor:
-    wide = tensor.new_full(tuple(2 * size for size in tensor.shape), torch.nan)
-    return wide[tuple(slice(None, None, 2) for _ in tensor.shape)].copy_(tensor)
 
 
 @pytest.mark.parametrize("layout", [transposed, strided])

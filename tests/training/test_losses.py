@@ -101,7 +101,7 @@ def hooked(name: str) -> nn.Module:
 
 def replaced() -> nn.Module:
     module = sequential()
-    module.forward = lambda x: x[:, :E] * 2  # type: ignore[method-assign]  # what some libraries do to a model
+    vars(module)["forward"] = lambda x: x[:, :E] * 2  # what some libraries do to a model
     return module
 
 

@@ -1,0 +1,63 @@
+"""Where a benchmark runs: the machine, the versions, the commit, and peers that came as wheels."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_wheels(folder: Path) -> None:
+    """Put every wheel of `folder` on the path, unpacked: Triton reads the source files of kernels."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        raise SystemExit(f"--wheels {folder}: no *.whl there")
+    target = tempfile.mkdtemp(prefix="bench_wheels_")
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    sys.path.append(target)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor with the number of threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} thread(s)"
+
+
+def triton_version() -> str:
+    """Its version, empty where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
+
+
+def git_commit() -> str:
+    """The checkout's commit, with a + where tracked files differ from it; `unknown` without git."""
+    try:
+        head, changes = (
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changes else "")
+
+
+def one_line(error: Exception) -> str:
+    """The error's kind and the beginning of its first line."""
+    text = str(error).strip().split("\n")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
