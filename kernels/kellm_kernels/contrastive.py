@@ -148,13 +148,13 @@ def info_nce_shard(
     negatives, extras = loss_extras(
         positive, negatives, anchor_ids, positive_ids, negative_ids, log_q, sample_weight, margin, rows=rows
     )
-    tensor, constant = check_temperature(temperature, anchor)
+    learned, constant = check_temperature(temperature, anchor)
     chosen = choose_impl(impl, anchor.device, anchor.dtype, anchor.shape[1])
     keep = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (anchor, positive, negatives, tensor)
+        given is not None and given.requires_grad for given in (anchor, positive, negatives, learned)
     )
     loss: Tensor = ops.run_contrast(
-        anchor, positive, negatives, tensor, *extras, constant, margin, symmetric, start, reduction, chosen, keep
+        anchor, positive, negatives, learned, *extras, constant, margin, symmetric, start, reduction, chosen, keep
     )[0]
     return loss
 

@@ -24,7 +24,7 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
                 total = problem.sample_weight.to(own.dtype).sum()
             inverse = torch.where(total == 0, 0, total.reciprocal())
         if problem.sample_weight is not None:
-            loss = loss * problem.sample_weight
+            loss = loss * problem.sample_weight.to(loss.dtype)
         if problem.reduction != "none":
             loss = loss.sum() * inverse
         return loss, _rows(own, log_rest, inverse)

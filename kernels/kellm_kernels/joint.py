@@ -75,9 +75,9 @@ def adapter_info_nce(
     x_neg, extras = loss_extras(
         x_pos, x_neg, anchor_ids, positive_ids, negative_ids, log_q, sample_weight, margin, rows=len(x)
     )
-    tensor, constant = check_temperature(temperature, x)
+    learned, constant = check_temperature(temperature, x)
     chosen = choose_impl(impl, x.device, dtype, len(w2), *w1.shape)
-    inputs = (x, x_pos, x_neg, w1, b1, w2, b2, tensor)
+    inputs = (x, x_pos, x_neg, w1, b1, w2, b2, learned)
     keep = torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in inputs)
     loss, z, z_pos, *_ = ops.run_adapt_contrast(
         *inputs, *extras, activation, normalize, dtype, constant, margin, symmetric, reduction, chosen, keep

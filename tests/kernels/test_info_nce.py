@@ -159,6 +159,13 @@ def test_weights_that_sum_to_zero_give_zero(reduction: str, symmetric: bool) -> 
         assert not bool(grad.any())
 
 
+def test_wider_weights_do_not_widen_the_loss() -> None:
+    case = problem(9, 0, 8, dtype=torch.float32).only("sample_weight")
+    wanted = ours(case, reduction="none")
+    case.options["sample_weight"] = case.options["sample_weight"].double()
+    torch.testing.assert_close(ours(case, reduction="none"), wanted, rtol=0, atol=0)
+
+
 def test_equal_weights_change_no_mean() -> None:
     case = problem(17, 0, 8).only("temperature")
     torch.testing.assert_close(ours(case, sample_weight=torch.full((17,), 0.3, dtype=torch.float64)), ours(case))
