@@ -109,6 +109,14 @@ class SwingSettings(Section):
     positives_only: Annotated[bool, Field(description="count liked interactions only")] = True
     min_user_items: Annotated[int, Field(ge=1)] = 1
     max_user_items: Annotated[int | None, Field(ge=2, description="drop users above; None: keep all")] = None
+    max_item_users: Annotated[int | None, Field(ge=2, description="drop items above; None: keep all")] = None
+    max_witnesses: Annotated[
+        int | None, Field(ge=2, description="users of an item, or items of a user, that are paired; None: all")
+    ] = None
+    mode: Annotated[
+        Literal["auto", "csr", "block"],
+        Field(description="csr: the graph whole on every host; block: shuffled", json_schema_extra={"tuning": True}),
+    ] = "auto"
 
 
 class WikiSettings(Section):

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from kellm_spark.linking import DOMAINS, link_items
-from kellm_spark.session import read_table, submit
+from kellm_spark.session import submit
+from kellm_spark.storage import read_table
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--catalogue", required=True, help="Parquet or CSV with item_id, title and year")

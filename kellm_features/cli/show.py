@@ -21,10 +21,18 @@ HEAD = 4
 """Components of a vector that are printed."""
 
 
+def plain_table(title: str, *columns: tuple[str, JustifyMethod]) -> Table:
+    """A table without lines, whose columns keep their width."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
+    return table
+
+
 def stage_table(outcomes: list[StageOutcome]) -> Table:
     """Stages with rows in, out and dropped, seconds and memory; times of a skipped stage are its last run's."""
-    table = Table(title="Stages", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    columns: tuple[tuple[str, JustifyMethod], ...] = (
+    table = plain_table(
+        "Stages",
         ("stage", "left"),
         ("rows in", "right"),
         ("rows out", "right"),
@@ -34,8 +42,6 @@ def stage_table(outcomes: list[StageOutcome]) -> Table:
         ("peak MiB", "right"),
         ("", "left"),
     )
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
     for outcome in outcomes:
         manifest = outcome.artifact.manifest
         table.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,15 @@ from kellm_features.settings import Settings
 from kellm_features.stages import StageContext, StageReport
 from kellm_spark.dump import read_dump
 from kellm_spark.linking import link_items
-from kellm_spark.session import data_errors, get_session
-from kellm_spark.swing import Side, swing_pairs, swing_parameters
+from kellm_spark.session import data_errors, follow, get_session
+from kellm_spark.storage import write_sorted
+from kellm_spark.swing import Side, SwingOptions, plan_swing, swing_parameters
+from kellm_spark.swing.job import hubness, no_pair
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 logger = logging.getLogger(__name__)
-
-ROWS_PER_FILE = 4_000_000
-"""A file of pairs of this size is about 40 MB."""
 
 
 def run_swing(ctx: StageContext) -> StageReport:
@@ -44,44 +44,37 @@ def run_swing(ctx: StageContext) -> StageReport:
         sf.count("*").alias("rows"),
         sf.count_if(~train).alias("not_train"),
         sf.count_if(train & ~liked).alias("not_liked"),
-        *(sf.count_distinct(sf.when(train & liked, sf.col(f"{side}_id"))).alias(side) for side in ("item", "user")),
     ).first()
     assert seen is not None
-    notes: dict[str, Any] = {
-        "preset": settings.preset,
-        "alpha": parameters.alpha,
-        "alpha1": parameters.alpha1,
-        "beta": parameters.beta,
-        "top_k": settings.top_k,
-    }
+    notes: dict[str, Any] = {"preset": settings.preset, **asdict(parameters), "top_k": settings.top_k}
     rows_out = 0
     sides: tuple[Side, ...] = ("item", "user")
     for side in sides:
-        pairs = swing_pairs(
+        plan = plan_swing(
             used,
-            side=side,
-            preset=settings.preset,
-            alpha=settings.alpha,
-            alpha1=settings.alpha1,
-            beta=settings.beta,
-            top_k=settings.top_k,
-            min_user_items=settings.min_user_items,
-            max_user_items=settings.max_user_items,
+            SwingOptions(
+                side=side,
+                parameters=parameters,
+                top_k=settings.top_k,
+                max_witnesses=settings.max_witnesses,
+                min_user_items=settings.min_user_items,
+                max_user_items=settings.max_user_items,
+                max_item_users=settings.max_item_users,
+                mode=settings.mode,
+            ),
         )
         path = ctx.out / f"{side}_pairs.parquet"
-        rows = _write(pairs, path, PAIRS, ["anchor_id", "rank"], most_rows=seen[side] * settings.top_k)
+        with follow(spark, f"swing {side}", plan.tasks):
+            _write(plan.pairs, path, PAIRS, ["anchor_id", "rank"], most_rows=plan.targets * settings.top_k)
+        hubs = hubness(spark.read.parquet(str(path)))
+        rows, anchors = hubs.pop("rows"), hubs.pop("anchors")
         if not rows:
-            raise DataError(
-                f"swing found no {side} pair: no two {side}s share two "
-                f"{'users' if side == 'item' else 'items'} in {seen['rows'] - seen['not_train'] - seen['not_liked']:,} "
-                "train rows; give more interactions, or set swing.positives_only=false"
-            )
+            raise no_pair(side, plan)
         rows_out += rows
-        hubs = _hubness(path)
-        notes |= {f"{side}_pairs": rows, f"{side}_anchors": hubs.pop("anchors"), f"{side}s_seen": seen[side]}
-        notes[f"{side}_hubness"] = hubs
-        logger.info("swing %s: %d pairs of %d anchors", side, rows, notes[f"{side}_anchors"])
-    dropped = {"not in train": int(seen["not_train"]), "not liked": int(seen["not_liked"])}
+        notes |= {f"{side}_pairs": rows, f"{side}_anchors": anchors, f"{side}s_seen": plan.targets}
+        notes |= {f"{side}_hubness": hubs, f"{side}s_capped": plan.capped}
+        logger.info("swing %s: %d pairs of %d anchors", side, rows, anchors)
+    dropped = {"not in train": int(seen["not_train"]), "not liked": int(seen["not_liked"]), **plan.dropped}
     return StageReport(int(seen["rows"]), rows_out, {k: v for k, v in dropped.items() if v}, notes=notes)
 
 
@@ -144,14 +137,6 @@ def wiki_files(settings: Settings) -> dict[str, Path]:
     return {"dump": settings.wiki.dump or mini_wiki_dump()}
 
 
-def _hubness(path: Path) -> dict[str, int]:
-    """How top-1 neighbours concentrate: anchors with one, distinct ones among these, and the most anchors of one."""
-    top = ds.dataset(path, format="parquet").to_table(["neighbor_id"], filter=pc.field("rank") == 1)
-    shared = pc.value_counts(top["neighbor_id"]).field("counts")
-    most = pc.max(shared).as_py() if len(shared) else 0
-    return {"anchors": top.num_rows, "distinct_top1": len(shared), "max_top1": most}
-
-
 def _counts(values: pa.ChunkedArray) -> dict[str, int]:
     """Value -> rows, most frequent first, nulls left out."""
     found = pc.value_counts(values.drop_null()).to_pylist()
@@ -159,15 +144,8 @@ def _counts(values: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _write(frame: DataFrame, path: Path, schema: TableSchema, order: list[str], most_rows: int) -> int:
-    """Write a table as a folder of Parquet files, each sorted, all rows of one key in one file; return its rows.
-
-    Args:
-        most_rows: an upper bound of the rows; decides the number of files (a single one is sorted as a whole).
-    """
-    files = 1 + most_rows // ROWS_PER_FILE
-    frame.repartition(files, order[0]).sortWithinPartitions(*order).write.option("compression", "zstd").parquet(
-        str(path)
-    )
+    """Write a table (see `write_sorted`), check what was written, and return its rows."""
+    write_sorted(frame, str(path), order, most_rows)
     written = ds.dataset(path, format="parquet")
     schema.check(written.schema, str(path))
     return int(written.count_rows())

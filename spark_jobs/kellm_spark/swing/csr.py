@@ -1,0 +1,217 @@
+"""The work on whole graphs that fit one machine: the graph goes to every host once, targets are dealt to tasks."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from kellm_features.errors import ConfigError
+from kellm_spark.session import arrow_batches, scratch_folder
+from kellm_spark.swing.interactions import Checked, Counts, Spread, nothing_left
+from kellm_spark.swing.parameters import MAX_EXACT_WITNESSES, SwingOptions
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from kellm_spark.swing.graph import Graph, Int
+
+logger = logging.getLogger(__name__)
+
+CHUNK_COST = 400_000_000.0
+"""Units of `_costs` in one task, about a second: short enough to share out evenly, long enough to be worth starting."""
+MAX_CHUNKS = 10_000
+ARROW_ROWS = 1_000_000
+"""Rows of one Arrow batch on the way to the driver: 16 MB of integer ids."""
+
+
+def csr_pairs(checked: Checked, options: SwingOptions) -> Spread:
+    """SWING pairs by way of a graph held by the driver.
+
+    The driver collects the ids (8 bytes each, or a string), builds the graph (4 bytes an interaction, both ways),
+    writes it to files and hands these to Spark, which brings them to every host once. Python workers map them into
+    memory, so all tasks of a host share one copy.
+    """
+    from kellm_spark.swing.kernel import warm_up
+
+    session = checked.pairs.sparkSession
+    with arrow_batches(session, ARROW_ROWS):
+        table = checked.pairs.select(options.witness, options.target).toArrow()
+    graph, ids, counts = build_graph(table, checked, options, session)
+    del table
+    # Compiles, where the cache is cold, once instead of in every worker, and fails here if it cannot.
+    warm_up()
+    bounds = _chunks(_costs(graph))
+    name = f"kellm-swing-{uuid.uuid4().hex}"
+    _ship(session, name, graph, ids, bounds)
+    n_chunks = len(bounds) - 1
+    logger.info(
+        "swing %s: %d targets over %d witnesses, %d interactions, %d tasks",
+        options.side, len(graph.targets), len(graph.indptr) - 1, len(graph.columns), n_chunks,
+    )  # fmt: skip
+    id_type = "string" if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type) else "bigint"
+    chunks = session.range(0, n_chunks, 1, n_chunks)
+    return Spread(chunks.mapInArrow(_task(name, options), pairs_schema(id_type)), counts, n_chunks)
+
+
+def pairs_schema(id_type: str) -> str:
+    """The columns of `schemas.PAIRS`, in Spark's words."""
+    return f"anchor_id {id_type}, neighbor_id {id_type}, score double, common int, rank int"
+
+
+def build_graph(
+    table: pa.Table, checked: Checked, options: SwingOptions, session: SparkSession
+) -> tuple[Graph, pa.Array, Counts]:
+    """Filter, sample and index the rows: the graph, the ids of its targets, and what was dropped."""
+    from kellm_spark.swing.graph import Graph, encode, sample_rows, scale, sorted_edges, weights
+
+    witness_ids, u = encode(table[options.witness])
+    target_ids, t = encode(table[options.target])
+    u, t = sorted_edges(u, t, len(witness_ids), len(target_ids))
+    counts = Counts({"duplicates": checked.used - len(u)})
+
+    def degrees(codes: Any, ids: pa.Array) -> Int:
+        return np.bincount(codes, minlength=len(ids))
+
+    def keep(mask: Any, reason: str) -> None:
+        nonlocal u, t
+        counts.dropped[reason] = int(len(u) - mask.sum())
+        if counts.dropped[reason]:
+            u, t = u[mask], t[mask]
+
+    users_are_witnesses = options.side == "item"
+    if options.max_item_users is not None:
+        codes, ids = (t, target_ids) if users_are_witnesses else (u, witness_ids)
+        keep((degrees(codes, ids) <= options.max_item_users)[codes], "of items over max_item_users")
+    codes, ids = (u, witness_ids) if users_are_witnesses else (t, target_ids)
+    of_user = degrees(codes, ids)[codes]
+    keep(of_user >= options.min_user_items, "of users under min_user_items")
+    if options.max_user_items is not None:
+        codes, ids = (u, witness_ids) if users_are_witnesses else (t, target_ids)
+        keep((degrees(codes, ids) <= options.max_user_items)[codes], "of users over max_user_items")
+    if not len(u):
+        raise nothing_left(checked, counts)
+
+    of_witness = degrees(u, witness_ids)
+    of_target = degrees(t, target_ids)
+    rows = sorted_edges(t, u, len(target_ids), len(witness_ids))[1]
+    indptr, target_indptr = (np.concatenate([[0], np.cumsum(n)]) for n in (of_witness, of_target))
+    cap = options.max_witnesses
+    most = int(of_target.argmax())
+    if cap is None and of_target[most] > MAX_EXACT_WITNESSES:
+        raise too_large(options, target_ids[most].as_py(), int(of_target[most]))
+    if cap is not None and of_target[most] > cap:
+        target_keys, witness_keys = (_keys(session, ids) for ids in (target_ids, witness_ids))
+        target_indptr, rows = sample_rows(target_indptr, rows, target_keys, witness_keys, cap)
+    counts.targets = int((of_target > 0).sum())
+    counts.capped = 0 if cap is None else int((of_target > cap).sum())
+    graph = Graph(
+        indptr=indptr,
+        columns=t,
+        weights=weights(of_witness, options.parameters),
+        targets=np.arange(len(target_ids), dtype=np.int32),
+        target_indptr=target_indptr,
+        target_rows=rows,
+        scales=scale(of_target, np.diff(target_indptr)),
+        n_columns=len(target_ids),
+    )
+    return graph, target_ids, counts
+
+
+def too_large(options: SwingOptions, target: object, witnesses: int) -> ConfigError:
+    """The error for a target whose exact scores need more memory than a task should take."""
+    who = "users" if options.side == "item" else "items"
+    other = "" if options.side == "item" else ", or max_item_users, which leaves the most popular items out"
+    return ConfigError(
+        f"swing: {options.side} {target!r} has {witnesses:,} {who}; exact scores keep a matrix of their pairs, "
+        f"{witnesses**2 * 8 / 2**30:,.1f} GiB, in one task, and 1 GiB ({MAX_EXACT_WITNESSES:,} {who}) is the most; "
+        f"set max_witnesses (--max-witnesses), e.g. 1000{other}"
+    )
+
+
+def _keys(session: SparkSession, ids: pa.Array) -> Int:
+    """What is hashed of an id: itself, or of a string its `xxhash64`, which Spark computes."""
+    if pa.types.is_integer(ids.type):
+        return np.asarray(ids.to_numpy(), dtype=np.int64)
+    from pyspark.sql import functions as sf
+
+    frame = session.createDataFrame(pa.table({"place": np.arange(len(ids)), "id": ids}))
+    hashed = frame.select("place", sf.xxhash64("id").alias("key")).toArrow()
+    keys = np.empty(len(ids), dtype=np.int64)
+    keys[hashed["place"].to_numpy()] = hashed["key"].to_numpy()
+    return keys
+
+
+def _costs(graph: Graph) -> Any:
+    """Estimated work of each target: the entries of its witnesses' rows, and a share of its witness pairs."""
+    reach = np.concatenate([[0], np.cumsum(np.diff(graph.indptr)[graph.target_rows])])
+    d = np.diff(graph.target_indptr)
+    return 5.0 * np.diff(reach[graph.target_indptr]) + 8.0 * d.astype(np.float64) ** 2
+
+
+def _chunks(costs: Any) -> Int:
+    """Bounds of runs of targets with about equal cost."""
+    total = np.cumsum(costs)
+    n = int(min(max(1, -(-total[-1] // CHUNK_COST)), MAX_CHUNKS, len(costs)))
+    ends = np.searchsorted(total, np.arange(1, n) * (total[-1] / n))
+    return np.unique(np.concatenate([[0], ends, [len(costs)]])).astype(np.int64)
+
+
+def _ship(session: SparkSession, name: str, graph: Graph, ids: pa.Array, bounds: Int) -> None:
+    """Give the graph to Spark as files, one an array, which stay: an executor may start and ask for them any time."""
+    folder = scratch_folder() / name
+    folder.mkdir()
+    for key, array in {**vars(graph), "bounds": bounds}.items():
+        np.save(folder / f"{name}-{key}.npy", array)
+    batch = pa.record_batch({"id": ids})
+    with pa.OSFile(str(folder / f"{name}-ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    session.addArtifacts(*map(str, sorted(folder.iterdir())), file=True)
+
+
+def _task(name: str, options: SwingOptions) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The function that scores some chunks, for `mapInArrow`."""
+
+    def score(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        from pyspark import SparkFiles
+
+        from kellm_spark.swing.graph import Graph
+        from kellm_spark.swing.kernel import best_neighbors
+
+        def read(key: str) -> Any:
+            # A plain view of the map: Numba knows no memmap.
+            return np.asarray(np.load(Path(SparkFiles.getRootDirectory()) / f"{name}-{key}.npy", mmap_mode="r"))
+
+        numbers = [k for batch in batches for k in batch["id"].to_pylist()]
+        graph = Graph(
+            **{key: read(key) for key in Graph.__dataclass_fields__ if key != "n_columns"},
+            n_columns=int(read("n_columns")),
+        )
+        with pa.memory_map(str(Path(SparkFiles.getRootDirectory()) / f"{name}-ids.arrow")) as source:
+            ids = pa.ipc.open_file(source).get_batch(0)["id"]
+        bounds = read("bounds")
+        for k in numbers:
+            best = best_neighbors(
+                graph, int(bounds[k]), int(bounds[k + 1]), alpha=options.parameters.alpha, top_k=options.top_k
+            )
+            yield pairs_batch(ids, best)
+
+    return score
+
+
+def pairs_batch(ids: pa.Array, best: Any) -> pa.RecordBatch:
+    """`schemas.PAIRS` from column indices."""
+    return pa.record_batch(
+        {
+            "anchor_id": ids.take(pa.array(best.targets)),
+            "neighbor_id": ids.take(pa.array(best.neighbors)),
+            "score": best.scores,
+            "common": best.common,
+            "rank": best.ranks,
+        }
+    )
