@@ -73,7 +73,7 @@ def swing(
     if side is None or not _given(ctx, "out"):
         raise ConfigError("--interactions needs --side (item or user) and --out (the folder to write)")
     from kellm_features.usage import measure
-    from kellm_spark.session import stop_session
+    from kellm_spark.session import stop_session, submitted
     from kellm_spark.swing import SwingOptions, swing_parameters
     from kellm_spark.swing.job import SwingJob, run_swing_job
 
@@ -93,7 +93,7 @@ def swing(
             manifest = run_swing_job(job, settings.spark)
     finally:
         stop_session()
-    stdout.print(_summary(manifest, usage))
+    stdout.print(_summary(manifest, usage, embedded=not submitted()))
     stdout.print(f"pairs: {out}", soft_wrap=True)
 
 
@@ -102,7 +102,7 @@ def _given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _summary(manifest: dict[str, Any], usage: Usage) -> Table:
+def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:
     from kellm_features.cli.show import plain_table
 
     hubs = manifest["hubness"]
@@ -119,6 +119,7 @@ def _summary(manifest: dict[str, Any], usage: Usage) -> Table:
     table.add_row("different neighbours at rank 1", f"{hubs['distinct_top1']:,}")
     table.add_row(f"  most often {hubs['hub']}", f"{hubs['max_top1']:,}")
     table.add_row(f"seconds (mode {manifest['mode']})", f"{usage.seconds:,.1f}")
-    table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
-    table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
+    if embedded:  # elsewhere Spark's processes are not ours to count
+        table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
+        table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
     return table

@@ -35,7 +35,7 @@ RUNTIME_CONF = {
 """Set on every session, ours or not; both may be set while it runs."""
 
 FRUGAL_JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-"""Of a job that ends within minutes, half the CPU is Java's optimizing compiler and parallel collector (22 s became 12)."""
+"""Half the CPU of a small job went to Java's optimizing compiler and parallel collector: 22 s became 12 without."""
 
 _scratch: Path | None = None
 
@@ -60,8 +60,7 @@ def get_session(settings: SparkSettings) -> SparkSession:
         raise MissingExtraError("spark", "pyspark", "a Spark stage") from error
     # Workers must run this interpreter, where this package is importable; a cluster's own choice is kept.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ
-    if submitted or SparkSession.getActiveSession() is not None:
+    if submitted() or SparkSession.getActiveSession() is not None:
         session = SparkSession.builder.getOrCreate()
     else:
         java = find_java()
@@ -86,6 +85,11 @@ def get_session(settings: SparkSettings) -> SparkSession:
         if key not in settings.conf:
             session.conf.set(key, value)
     return session
+
+
+def submitted() -> bool:
+    """Whether Spark was started by others: by spark-submit, or as a Spark Connect server."""
+    return "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def test_swing_uses_liked_train_rows_only(spark, tmp_path: Path) -> None:
     assert report.notes["item_pairs"] == len(items)
     assert report.notes["user_anchors"] == len(set(users["anchor_id"].to_pylist()))
     top = [row["neighbor_id"] for row in items.to_pylist() if row["rank"] == 1]
-    assert report.notes["item_hubness"] == {"distinct_top1": len(set(top)), "max_top1": max(map(top.count, top))}
+    hub = max(set(top), key=lambda item: (top.count(item), item))
+    assert report.notes["item_hubness"] == {"distinct_top1": len(set(top)), "max_top1": top.count(hub), "hub": hub}
     # Half of the later rows gone, the others changed and moved in front: the same value in every column.
     later = [(11 - u, i, liked, s) for u, i, liked, s in reversed(LATER[::2])]
     _, items_too, users_too = swing(tmp_path, "again", [*later, *reversed(TRAIN)], top_k=5)

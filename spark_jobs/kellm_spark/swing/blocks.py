@@ -41,7 +41,8 @@ def block_pairs(checked: Checked, options: SwingOptions) -> Spread:
     pairs, counts, n_blocks = _prepare(checked, options)
     id_type = dict(pairs.dtypes)[target]
     pairs = pairs.select(sf.col(witness).alias("witness"), sf.col(target).alias("target"))
-    rows = pairs.groupBy("witness").agg(sf.collect_list("target").alias("row"))
+    # Sorted, because Spark will not recompute what a lost executor held if it might come out in another order.
+    rows = pairs.groupBy("witness").agg(sf.sort_array(sf.collect_list("target")).alias("row"))
     edges = pairs.withColumn("degree", sf.lit(0).cast("bigint"))
     if cap is not None:
         degrees = pairs.groupBy("target").agg(sf.count("*").alias("degree"))
@@ -54,7 +55,7 @@ def block_pairs(checked: Checked, options: SwingOptions) -> Spread:
         )
     needed = (
         edges.groupBy("witness", sf.pmod(sf.xxhash64("target"), sf.lit(n_blocks)).alias("block"))
-        .agg(sf.collect_list(sf.struct("target", "degree")).alias("targets"))
+        .agg(sf.sort_array(sf.collect_list(sf.struct("target", "degree"))).alias("targets"))
         .select(
             "witness", "block", sf.col("targets.target").alias("targets"), sf.col("targets.degree").alias("degrees")
         )
@@ -135,7 +136,6 @@ def _block_function(options: SwingOptions) -> Callable[[pa.Table], pa.Table]:
         row, targets, degrees = (part.chunk(0) if isinstance(part, pa.ChunkedArray) else part for part in lists)
         ids, columns = encode(pa.chunked_array([row.flatten()]))
         lengths = _lengths(row)
-        columns = columns[np.lexsort((columns, np.repeat(np.arange(len(row)), lengths)))]  # ascending in each row
         mine = pc.index_in(targets.flatten(), value_set=ids).to_numpy(zero_copy_only=False).astype(np.int32)
         witness = np.repeat(np.arange(len(row), dtype=np.int32), _lengths(targets))
         order = np.argsort(mine, kind="stable")  # by target, witnesses ascending
