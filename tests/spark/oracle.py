@@ -71,18 +71,20 @@ def graph(seed: int, users: int, items: int, share: float) -> list[tuple[int, in
 
 
 def dense_scores(
-    A: npt.NDArray[np.float64], alpha: float, alpha1: float, beta: float
+    A: npt.NDArray[np.float64],
+    alpha: float,
+    alpha1: float,
+    beta: float,
+    targets: Iterable[int] | None = None,
 ) -> dict[tuple[int, int], tuple[float, int]]:
-    """As `brute_force`, from a 0/1 matrix of witnesses and targets, one quadratic form a pair: for wider graphs."""
-    w = (alpha1 + A.sum(1)) ** -beta
+    """As `brute_force` from a 0/1 matrix of witnesses and targets, by products of matrices: for wider graphs."""
+    w = (alpha1 + A.sum(axis=1)) ** -beta
     G = np.outer(w, w) / (alpha + A @ A.T)
     np.fill_diagonal(G, 0)
-    common = A.T @ A
     found = {}
-    for i in range(A.shape[1]):
+    for i in range(A.shape[1]) if targets is None else targets:
         mine = A[:, i] > 0
-        scores = 0.5 * np.einsum("uj,uv,vj->j", A[mine], G[np.ix_(mine, mine)], A[mine], optimize=True)
-        found |= {
-            (i, j): (scores[j], int(common[i, j])) for j in np.flatnonzero((common[i] > 1) & (scores > 0)) if j != i
-        }
+        common = A[mine].sum(axis=0)
+        scores = 0.5 * (A[mine] * (G[np.ix_(mine, mine)] @ A[mine])).sum(axis=0)
+        found |= {(i, int(j)): (scores[j], int(common[j])) for j in np.flatnonzero(common > 1) if j != i}
     return found

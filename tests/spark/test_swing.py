@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from .oracle import assert_same, brute_force, dense_scores, graph, in_order, top
 pytestmark = pytest.mark.spark
 
 MODES = ["csr", "block"]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def frame_of(spark, edges: Any):
@@ -123,18 +127,21 @@ def test_scores_from_flink_ml(spark) -> None:
     assert len(got) == 8
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (3.5, 0.0)])
-def test_agrees_with_recfarm(spark, alpha: float, beta: float) -> None:
-    """LibRecommender's implementation, in Rust, under its own formula."""
-    recfarm = pytest.importorskip("recfarm", reason="a peer, installed with the development tools")
-    from .peers import recfarm_scores
-
-    edges = [(u // 7, i // 11 + 1) for u, i in graph(12, 40, 25, 0.4)]
-    theirs = recfarm_scores(recfarm, edges, alpha)
-    ours = {
-        (i, j): s for i, j, s, _, _ in rows(swing_pairs(frame_of(spark, edges), side="item", alpha=alpha, beta=beta))
-    }
-    assert set(theirs) == set(ours)
+@pytest.mark.parametrize("side", ["item", "user"])
+def test_agrees_with_recfarm(spark, side: str, tmp_path: Path) -> None:
+    """LibRecommender's implementation, in Rust and float32, whose formula is that of our preset yang with α − 1."""
+    spec = importlib.util.spec_from_file_location("peers_swing", BENCHMARKS / "peers_swing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = peers = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up
+    spec.loader.exec_module(peers)
+    edges = graph(12, 60, 35, 0.4)
+    pd.DataFrame(edges, columns=["user_id", "item_id"]).to_parquet(tmp_path / "in.parquet")
+    theirs = peers.compute_recfarm(tmp_path / "in.parquet", side, cache=10**6, threads=1)
+    ours = swing_pairs(frame_of(spark, edges), side=side, preset="yang", top_k=10).toPandas()
+    told = peers.agreement(ours, peers.recfarm_pairs(*theirs, top_k=10).to_pandas())
+    assert told.shared > 0.99
+    assert told.max_rel_diff < 1e-6
 
 
 @pytest.mark.parametrize(("side", "preset", "mode"), [("item", "pai-rec", "csr"), ("user", "flink", "block")])

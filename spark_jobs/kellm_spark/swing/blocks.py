@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kellm_spark.swing.graph import Int
 
 MIN_BLOCKS = 16
-"""Targets are dealt to blocks by hash, so blocks are equal on average only: with several a core, none is waited for."""
+"""Or as many as there are shuffle partitions. Targets are dealt to blocks by hash, so blocks are equal on average only:
+with several a core, none is waited for."""
 MIN_BLOCK_PAIRS = 20_000
 """A block of fewer interactions takes a tenth of a second, less than what a task costs to start."""
 MAX_BLOCK_REACH = 50_000_000
@@ -112,16 +113,20 @@ def _prepare(checked: Checked, options: SwingOptions) -> tuple[DataFrame, Counts
         sf.max("n").alias("most"),
         sf.max_by(options.target, "n").alias("id"),
         sf.count_if(over).alias("over"),
+        sf.sum("n" if cap is None else sf.least("n", sf.lit(cap))).alias("paired"),
     ).first()
-    reach = pairs.groupBy(options.witness).agg(sf.count("*").alias("n")).agg(sf.sum(sf.col("n") * sf.col("n"))).first()
+    rows = pairs.groupBy(options.witness).agg(sf.count("*").alias("n"))
+    entries = rows.agg(sf.sum(sf.col("n") * sf.col("n"))).first()
     assert told is not None
-    assert reach is not None
+    assert entries is not None
     if cap is None and told["most"] > MAX_EXACT_WITNESSES:
         raise too_large(options, told["id"], told["most"])
     counts.targets = told["targets"]
     counts.capped = 0 if cap is None else told["over"]
-    busy = min(MIN_BLOCKS, math.ceil(n / MIN_BLOCK_PAIRS))
-    return pairs, counts, max(busy, math.ceil(reach[0] / MAX_BLOCK_REACH))
+    width = max(MIN_BLOCKS, int(pairs.sparkSession.conf.get("spark.sql.shuffle.partitions") or 0))
+    busy = min(width, math.ceil(n / MIN_BLOCK_PAIRS))
+    # Each pair that is not sampled away asks for its witness's row.
+    return pairs, counts, max(busy, math.ceil(entries[0] * (told["paired"] / n) / MAX_BLOCK_REACH))
 
 
 def _block_function(options: SwingOptions) -> Callable[[pa.Table], pa.Table]:
