@@ -48,7 +48,17 @@ WORK = "work_cpu_s work_wall_s".split()
 PEERS = ["dataset", "side", "users", "interactions", "impl", "turn", *COSTS, *WORK, "rows_out"]
 PEERS += ["max_rel_diff", "shared_pairs", "error", "recfarm", *PLACE]
 GROWTH = "millions users items interactions top_item_users side preset max_witnesses mode".split()
-GROWTH += [*COSTS, *WORK, "worker_peak_mib", "worker_own_mib", "rows_out", "to_linear", "work_to_linear", *PLACE]
+GROWTH += [
+    *COSTS,
+    *WORK,
+    "worker_peak_mib",
+    "worker_own_mib",
+    "shuffle_mib",
+    "rows_out",
+    "to_linear",
+    "work_to_linear",
+    *PLACE,
+]
 CAPS = "dataset side preset cap anchors overlap_at_10 pairs found median_rel_error median_signed_error".split() + PLACE
 ML1M = ["dataset", "side", "mode", "preset", "interactions", *COSTS, "rows_out", *PLACE]
 ORDER = (*IMPLS, *MORE_IMPLS)

@@ -89,10 +89,18 @@ def run_spark(options: argparse.Namespace) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as scratch:
         work(options.tiny, Path(scratch) / "tiny")
+    before = shuffled_bytes(session)
     with measure() as usage:
         work(options.interactions, options.out)
+    shuffled = shuffled_bytes(session) - before
     stop_session()
-    return {"work_cpu_s": usage.cpu_seconds, "work_wall_s": usage.seconds}
+    return {"work_cpu_s": usage.cpu_seconds, "work_wall_s": usage.seconds, "shuffle_mib": shuffled / 2**20}
+
+
+def shuffled_bytes(session: Any) -> int:
+    """Written by all tasks so far, compressed, as Spark's own pages tell it."""
+    executors = session._jsparkSession.sparkContext().statusStore().executorList(False)
+    return sum(executors.apply(k).totalShuffleWrite() for k in range(executors.size()))
 
 
 def our_pairs(interactions: DataFrame, options: argparse.Namespace) -> DataFrame:

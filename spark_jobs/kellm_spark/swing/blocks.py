@@ -62,7 +62,8 @@ def block_pairs(checked: Checked, options: SwingOptions) -> Spread:
         )
     )
     work = needed.join(rows, "witness").select("block", "witness", "row", "targets", "degrees")
-    tasks = 4 * n_blocks if n_blocks > 1 else 1  # more than blocks, so that few get two
+    # More tasks than blocks, so that few get two, until blocks are so many that it evens out.
+    tasks = 1 if n_blocks == 1 else max(n_blocks, min(4 * n_blocks, 1000))
     blocks = work.repartition(tasks, "block").groupBy("block")
     return Spread(blocks.applyInArrow(_block_function(options), pairs_schema(id_type)), counts, tasks)
 

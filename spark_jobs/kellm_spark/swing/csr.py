@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +20,16 @@ from kellm_spark.swing.parameters import MAX_EXACT_WITNESSES, SwingOptions
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from kellm_spark.swing.graph import Graph, Int
+    from kellm_spark.swing.graph import Graph, Int, Int32
 
 logger = logging.getLogger(__name__)
 
 CHUNK_COST = 400_000_000.0
 """Units of `_costs` in one task, about a second: short enough to share out evenly, long enough to be worth starting."""
+MAX_CHUNK_TARGETS = 20_000
+"""A task's pairs are one Arrow batch: with the top 100, 60 MB at most."""
 MAX_CHUNKS = 10_000
+"""Beyond, Spark spends more on tasks than they save."""
 ARROW_ROWS = 1_000_000
 """Rows of one Arrow batch on the way to the driver: 16 MB of integer ids."""
 
@@ -75,30 +79,25 @@ def build_graph(
     u, t = sorted_edges(u, t, len(witness_ids), len(target_ids))
     counts = Counts({"duplicates": checked.used - len(u)})
 
-    def degrees(codes: Any, ids: pa.Array) -> Int:
-        return np.bincount(codes, minlength=len(ids))
+    def degrees(column: str) -> tuple[Int32, Int]:
+        codes, ids = (u, witness_ids) if column == options.witness else (t, target_ids)
+        return codes, np.bincount(codes, minlength=len(ids))
 
-    def keep(mask: Any, reason: str) -> None:
+    def keep(column: str, least: int | None, most: int | None, reason: str) -> None:
         nonlocal u, t
+        codes, degree = degrees(column)
+        mask = ((degree >= (least or 0)) & (degree <= (most or len(u))))[codes]
         counts.dropped[reason] = int(len(u) - mask.sum())
         if counts.dropped[reason]:
             u, t = u[mask], t[mask]
 
-    users_are_witnesses = options.side == "item"
-    if options.max_item_users is not None:
-        codes, ids = (t, target_ids) if users_are_witnesses else (u, witness_ids)
-        keep((degrees(codes, ids) <= options.max_item_users)[codes], "of items over max_item_users")
-    codes, ids = (u, witness_ids) if users_are_witnesses else (t, target_ids)
-    of_user = degrees(codes, ids)[codes]
-    keep(of_user >= options.min_user_items, "of users under min_user_items")
-    if options.max_user_items is not None:
-        codes, ids = (u, witness_ids) if users_are_witnesses else (t, target_ids)
-        keep((degrees(codes, ids) <= options.max_user_items)[codes], "of users over max_user_items")
+    keep("item_id", None, options.max_item_users, "of items over max_item_users")
+    keep("user_id", options.min_user_items, None, "of users under min_user_items")
+    keep("user_id", None, options.max_user_items, "of users over max_user_items")
     if not len(u):
         raise nothing_left(checked, counts)
 
-    of_witness = degrees(u, witness_ids)
-    of_target = degrees(t, target_ids)
+    of_witness, of_target = degrees(options.witness)[1], degrees(options.target)[1]
     rows = sorted_edges(t, u, len(target_ids), len(witness_ids))[1]
     indptr, target_indptr = (np.concatenate([[0], np.cumsum(n)]) for n in (of_witness, of_target))
     cap = options.max_witnesses
@@ -157,7 +156,8 @@ def _costs(graph: Graph) -> Any:
 def _chunks(costs: Any) -> Int:
     """Bounds of runs of targets with about equal cost."""
     total = np.cumsum(costs)
-    n = int(min(max(1, -(-total[-1] // CHUNK_COST)), MAX_CHUNKS, len(costs)))
+    n = max(math.ceil(total[-1] / CHUNK_COST), math.ceil(len(costs) / MAX_CHUNK_TARGETS))
+    n = min(max(n, 1), MAX_CHUNKS, len(costs))
     ends = np.searchsorted(total, np.arange(1, n) * (total[-1] / n))
     return np.unique(np.concatenate([[0], ends, [len(costs)]])).astype(np.int64)
 
