@@ -36,6 +36,7 @@ import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bench_place import git_commit, processor
 from peers_swing import IMPLS, MORE_IMPLS, RECFARM_CACHES, RECFARM_TOLERANCE, TOLERANCE, agreement, missing
 
 from kellm_features.usage import measure
@@ -456,11 +457,8 @@ def dataset(options: argparse.Namespace) -> str:
 
 def where() -> Row:
     """Machine, versions and date."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "machine": model,
+        "machine": processor(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),
@@ -481,18 +479,6 @@ def append(options: argparse.Namespace, fields: list[str], rows: Sequence[Row]) 
             writer.writeheader()
         writer.writerows(row | {"commit": commit} for row in rows)
     print(f"{len(rows)} rows appended to {options.out.name}")
-
-
-def git_commit() -> str:
-    """The checkout's commit, with a + where tracked files differ from it; `unknown` without git."""
-    try:
-        head, changes = (
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changes else "")
 
 
 if __name__ == "__main__":

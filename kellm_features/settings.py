@@ -102,9 +102,9 @@ class SwingSettings(Section):
     """SWING similarity pairs (Yang et al. 2020; KELLMRec Eq. 1-2)."""
 
     preset: Literal["kellmrec", "yang", "flink", "alink", "pai-rec"] = "pai-rec"
-    alpha: Annotated[float | None, Field(ge=0, description="None: the preset's")] = None
-    alpha1: Annotated[float | None, Field(ge=0, description="None: the preset's")] = None
-    beta: Annotated[float | None, Field(description="None: the preset's")] = None
+    alpha: Annotated[float | None, Field(ge=0, le=1e9, description="None: the preset's")] = None
+    alpha1: Annotated[float | None, Field(ge=0, le=1e9, description="None: the preset's")] = None
+    beta: Annotated[float | None, Field(ge=-10, le=10, description="None: the preset's")] = None
     top_k: PositiveInt = 100
     positives_only: Annotated[bool, Field(description="count liked interactions only")] = True
     min_user_items: Annotated[int, Field(ge=1)] = 1

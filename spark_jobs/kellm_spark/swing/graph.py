@@ -77,39 +77,34 @@ def scale(degree: Any, sampled: Any) -> Any:
 
 @njit()
 def sorted_edges(first: Int32, second: Int32, n_first: int, n_second: int) -> tuple[Int32, Int32]:
-    """Edges ordered by `first`, then `second`, without duplicates: two counting sorts."""
-    m = first.shape[0]
-    start = np.zeros(n_second + 1, dtype=np.int64)
-    for e in range(m):
-        start[second[e] + 1] += 1
-    for j in range(n_second):
-        start[j + 1] += start[j]
-    a = np.empty(m, dtype=np.int32)
-    b = np.empty(m, dtype=np.int32)
-    for e in range(m):
-        p = start[second[e]]
-        a[p] = first[e]
-        b[p] = second[e]
-        start[second[e]] = p + 1
-    start = np.zeros(n_first + 1, dtype=np.int64)
-    for e in range(m):
-        start[a[e] + 1] += 1
-    for u in range(n_first):
-        start[u + 1] += start[u]
-    out_first = np.empty(m, dtype=np.int32)
-    out_second = np.empty(m, dtype=np.int32)
-    for e in range(m):
-        p = start[a[e]]
-        out_first[p] = a[e]
-        out_second[p] = b[e]
-        start[a[e]] = p + 1
+    """Edges ordered by `first`, then `second`, without duplicates."""
+    by_second, mates = _counting_sort(second, first, n_second)
+    u, v = _counting_sort(mates, by_second, n_first)
     n = 0
-    for e in range(m):
-        if e == 0 or out_first[e] != out_first[e - 1] or out_second[e] != out_second[e - 1]:
-            out_first[n] = out_first[e]
-            out_second[n] = out_second[e]
+    for e in range(u.shape[0]):
+        if e == 0 or u[e] != u[e - 1] or v[e] != v[e - 1]:
+            u[n] = u[e]
+            v[n] = v[e]
             n += 1
-    return out_first[:n], out_second[:n]
+    return u[:n], v[:n]
+
+
+@njit()
+def _counting_sort(keys: Int32, values: Int32, n_keys: int) -> tuple[Int32, Int32]:
+    """Keys in 0..n_keys-1 in order, and their values, equal keys in the order they had."""
+    start = np.zeros(n_keys + 1, dtype=np.int64)
+    for key in keys:
+        start[key + 1] += 1
+    for key in range(n_keys):
+        start[key + 1] += start[key]
+    sorted_keys = np.empty_like(keys)
+    sorted_values = np.empty_like(values)
+    for e in range(keys.shape[0]):
+        p = start[keys[e]]
+        sorted_keys[p] = keys[e]
+        sorted_values[p] = values[e]
+        start[keys[e]] = p + 1
+    return sorted_keys, sorted_values
 
 
 @njit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,6 +33,8 @@ PRESETS: dict[str, SwingParameters] = {
     "pai-rec": SwingParameters(alpha=1, alpha1=5, beta=0.3),
 }
 
+RANGES = {"alpha": (0.0, 1e9), "alpha1": (0.0, 1e9), "beta": (-10.0, 10.0)}
+"""Within them no score of a billion interactions overflows or vanishes."""
 MAX_EXACT_WITNESSES = 11_585
 """The float64 matrix of one target's witness pairs is then 1 GiB, all of it in one task."""
 
@@ -92,7 +93,7 @@ def swing_parameters(
     """A preset with single values overridden.
 
     Raises:
-        ConfigError: no such preset, or a value that is negative, NaN or infinite (beta may be negative).
+        ConfigError: no such preset, or a value outside `RANGES`.
     """
     if preset not in PRESETS:
         raise ConfigError(f"swing preset is {preset!r}; known: {', '.join(PRESETS)}")
@@ -102,9 +103,8 @@ def swing_parameters(
         alpha1=base.alpha1 if alpha1 is None else alpha1,
         beta=base.beta if beta is None else beta,
     )
-    for name in ("alpha", "alpha1", "beta"):
+    for name, (least, most) in RANGES.items():
         value = getattr(chosen, name)
-        if not math.isfinite(value) or (name != "beta" and value < 0):
-            accepted = "a finite number" if name == "beta" else "a finite number >= 0"
-            raise ConfigError(f"swing {name} is {value}; accepted: {accepted}")
+        if not least <= value <= most:  # nor NaN
+            raise ConfigError(f"swing {name} is {value}; accepted: {least:g} to {most:g}")
     return chosen
