@@ -95,8 +95,8 @@ def check_interactions(
         interactions.select(*ids, kept.alias("kept"), seconds.alias("seconds"), wrong.alias("wrong"))
         .agg(
             sf.count("*").alias("rows"),
-            sf.count_if(sf.col("user_id").isNull()).alias("user_id"),
-            sf.count_if(sf.col("item_id").isNull()).alias("item_id"),
+            sf.count_if(sf.col("kept") & sf.col("user_id").isNull()).alias("user_id"),
+            sf.count_if(sf.col("kept") & sf.col("item_id").isNull()).alias("item_id"),
             sf.count_if("wrong").alias("wrong"),
             sf.count_if(~sf.col("kept")).alias("later"),
             sf.max("seconds").alias("seconds"),
