@@ -53,6 +53,7 @@ def block_pairs(checked: Checked, options: SwingOptions) -> Spread:
             .withColumn("place", sf.row_number().over(drawn))
             .where(sf.col("place") <= cap)
             .join(degrees, "target")
+            .repartition("witness")
         )
     needed = (
         edges.groupBy("witness", sf.pmod(sf.xxhash64("target"), sf.lit(n_blocks)).alias("block"))
@@ -84,26 +85,35 @@ def _prepare(checked: Checked, options: SwingOptions) -> tuple[DataFrame, Counts
     """Distinct pairs that pass the filters, what was dropped, and how many blocks to make of the rest."""
     from pyspark.sql import functions as sf
 
-    pairs = checked.pairs.distinct()
+    # Once by witness: rows, and without a cap all that is asked of them, are then made without another shuffle.
+    pairs = checked.pairs.repartition(options.witness).distinct()
     counts = Counts()
-    n = pairs.count()
-    counts.dropped["duplicates"] = checked.used - n
+    n: int | None = None
 
     def keep(name: str, condition: Column, reason: str) -> None:
         nonlocal pairs, n
         sizes = pairs.groupBy(name).agg(sf.count("*").alias("n"))
-        told = sizes.agg(sf.sum(sf.when(condition, sf.col("n")))).first()
+        told = sizes.agg(sf.sum("n").alias("n"), sf.sum(sf.when(condition, sf.col("n"))).alias("kept")).first()
         assert told is not None
-        counts.dropped[reason] = n - (told[0] or 0)
+        if n is None:
+            counts.dropped["duplicates"] = checked.used - (told["n"] or 0)
+        n = told["kept"] or 0
+        counts.dropped[reason] = (told["n"] or 0) - n
         if counts.dropped[reason]:
             pairs = pairs.join(sizes.where(condition).select(name), name, "left_semi")
-            n -= counts.dropped[reason]
 
     if options.max_item_users is not None:
         keep("item_id", sf.col("n") <= options.max_item_users, "of items over max_item_users")
-    keep("user_id", sf.col("n") >= options.min_user_items, "of users under min_user_items")
+    if options.min_user_items > 1:
+        keep("user_id", sf.col("n") >= options.min_user_items, "of users under min_user_items")
     if options.max_user_items is not None:
         keep("user_id", sf.col("n") <= options.max_user_items, "of users over max_user_items")
+    rows = pairs.groupBy(options.witness).agg(sf.count("*").alias("n"))
+    entries = rows.agg(sf.sum("n").alias("n"), sf.sum(sf.col("n") * sf.col("n")).alias("squares")).first()
+    assert entries is not None
+    if n is None:
+        counts.dropped["duplicates"] = checked.used - (entries["n"] or 0)
+    n = entries["n"]
     if not n:
         raise nothing_left(checked, counts)
     cap = options.max_witnesses
@@ -116,10 +126,7 @@ def _prepare(checked: Checked, options: SwingOptions) -> tuple[DataFrame, Counts
         sf.count_if(over).alias("over"),
         sf.sum("n" if cap is None else sf.least("n", sf.lit(cap))).alias("paired"),
     ).first()
-    rows = pairs.groupBy(options.witness).agg(sf.count("*").alias("n"))
-    entries = rows.agg(sf.sum(sf.col("n") * sf.col("n"))).first()
     assert told is not None
-    assert entries is not None
     if cap is None and told["most"] > MAX_EXACT_WITNESSES:
         raise too_large(options, told["id"], told["most"])
     counts.targets = told["targets"]
@@ -127,7 +134,7 @@ def _prepare(checked: Checked, options: SwingOptions) -> tuple[DataFrame, Counts
     width = max(MIN_BLOCKS, int(pairs.sparkSession.conf.get("spark.sql.shuffle.partitions") or 0))
     busy = min(width, math.ceil(n / MIN_BLOCK_PAIRS))
     # Each pair that is not sampled away asks for its witness's row.
-    return pairs, counts, max(busy, math.ceil(entries[0] * (told["paired"] / n) / MAX_BLOCK_REACH))
+    return pairs, counts, max(busy, math.ceil(entries["squares"] * (told["paired"] / n) / MAX_BLOCK_REACH))
 
 
 def _block_function(options: SwingOptions) -> Callable[[pa.Table], pa.Table]:
