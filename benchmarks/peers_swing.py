@@ -41,8 +41,8 @@ IMPLS = ("ours_csr", "ours_block", "recfarm", "sql")
 MORE_IMPLS = ("sql_lists", "recfarm_uncached")
 ALPHA = 1.0
 TOLERANCE = 1e-9
-RECFARM_TOLERANCE = 1e-3
-"""It sums up to millions of terms in float32."""
+RECFARM_TOLERANCE = 5e-3
+"""It sums up to millions of terms in float32: on all of MovieLens-1M it is off by 2.2e-3."""
 RECFARM_CACHES = {"recfarm": 100_000_000, "recfarm_uncached": 0}
 """Pairs of users whose common items it keeps, else finds anew for every item. The first is LibRecommender's default."""
 RU_MAXRSS_PER_MIB = 1024 * (1024 if sys.platform == "darwin" else 1)
