@@ -2,7 +2,7 @@
 
 python benchmarks/plot_swing.py
 
-Takes the last row of each size among the rows that share side, preset, cap and mode with the last row of the file.
+Takes the last row of each size among the rows of a mode that share side, preset and cap with the last of them.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "benchmarks" / "data" / "swing_growth.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img" / "swing-growth.svg")
-    parser.add_argument("--column", default="cpu_s", choices=("cpu_s", "work_cpu_s"))
+    parser.add_argument("--column", default="work_cpu_s", choices=("cpu_s", "work_cpu_s"))
+    parser.add_argument("--mode", default="auto", help="auto: the graph whole on every host, at these sizes")
     options = parser.parse_args()
     with options.data.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
+        rows = [row for row in csv.DictReader(handle) if row["mode"] == options.mode]
     if not rows:
-        raise SystemExit(f"{options.data.name} has no rows; run bench_swing.py growth first")
+        raise SystemExit(f"{options.data.name} has no rows of mode {options.mode}; run bench_swing.py growth first")
     last = rows[-1]
-    alike = [row for row in rows if all(row[k] == last[k] for k in ("side", "preset", "max_witnesses", "mode"))]
+    alike = [row for row in rows if all(row[k] == last[k] for k in ("side", "preset", "max_witnesses"))]
     sizes = {float(row["millions"]): float(row[options.column]) for row in alike}
     options.out.write_text(draw([Point(*size) for size in sorted(sizes.items())], last, options.column))
     print(f"{len(sizes)} sizes drawn to {options.out.name}")
