@@ -68,7 +68,7 @@ class Folder:
 
     def __init__(self, session: SparkSession, path: str, *, overwrite: bool) -> None:
         """Raises DataError where the folder exists and may not be overwritten."""
-        self.path, self.overwrite = path.rstrip("/"), overwrite
+        self.path = path.rstrip("/")
         jvm: Any = getattr(session, "_jvm", None)
         self.remote = jvm is None
         self.staging = self.path
@@ -83,7 +83,7 @@ class Folder:
         self._files = self._out.getFileSystem(session._jsc.hadoopConfiguration())
         self._replaced = self._beside("replaced")
         if self._files.exists(self._replaced) and not self._files.exists(self._out):
-            self._files.rename(self._replaced, self._out)  # a kill came between the two renames of `publish`
+            self._rename(self._replaced, self._out)  # a kill came between the two renames of `publish`
         if self._files.exists(self._out) and not overwrite:
             raise DataError(f"{path} exists; remove it, name another, or add --overwrite")
         self.staging = self._beside("unfinished").toString()
@@ -105,14 +105,18 @@ class Folder:
             return
         self._files.delete(self._replaced, True)
         if self._files.exists(self._out):
-            self._files.rename(self._out, self._replaced)
-        self._files.rename(self._make(self.staging), self._out)
+            self._rename(self._out, self._replaced)
+        self._rename(self._make(self.staging), self._out)
         self._files.delete(self._replaced, True)
 
     def discard(self) -> None:
         """Remove what was written."""
         if not self.remote:
             self._files.delete(self._make(self.staging), True)
+
+    def _rename(self, old: Any, new: Any) -> None:
+        if not self._files.rename(old, new):  # Hadoop says so instead of raising
+            raise DataError(f"{old} could not be renamed to {new}; look at the permissions of the folder they are in")
 
     def _beside(self, role: str) -> Any:
         name = f".{self._out.getName()}.{role}"

@@ -38,9 +38,9 @@ def local_graph(edges: list[tuple[int, int]], side: str, preset: str = "pai-rec"
     """The graph of one side, made without Spark."""
     users, items = zip(*edges, strict=True)
     table = pa.table({"user_id": users, "item_id": items})
-    options = SwingOptions(side=side, parameters=PRESETS[preset])  # type: ignore[arg-type]  # a str of the two
-    checked = Checked(pairs=None, rows=len(edges), later=0, id_bytes=0)  # type: ignore[arg-type]  # no frame: no Spark
-    return csr.build_graph(table, checked, options, session=None)[0]  # type: ignore[arg-type]  # likewise
+    options = SwingOptions(side=side, parameters=PRESETS[preset])
+    checked = Checked(pairs=None, rows=len(edges), later=0, id_bytes=0)
+    return csr.build_graph(table, checked, options, session=None)[0]
 
 
 def neighbors(of: Graph, alpha: float, top_k: int) -> list[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -33,7 +34,7 @@ def table(edges: list[tuple[Any, Any]]) -> pd.DataFrame:
 
 
 def run(source: Path, out: Path, mode: str = "auto", **more: Any) -> dict[str, Any]:
-    options = SwingOptions(side="item", parameters=P, top_k=5, mode=mode)  # type: ignore[arg-type]  # a str of the three
+    options = SwingOptions(side="item", parameters=P, top_k=5, mode=mode)
     return run_swing_job(SwingJob(str(source), str(out), options, **more), SparkSettings())
 
 
@@ -139,6 +140,14 @@ def test_a_kill_shows_nothing_and_loses_nothing(spark, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists"):
         Folder(spark, str(out), overwrite=False)
     assert (out / "part-0.parquet").read_text() == "old"
+
+
+def test_a_rename_that_fails_is_told(spark, tmp_path: Path) -> None:
+    """Hadoop's file systems answer False where they may not rename."""
+    folder = Folder(spark, str(tmp_path / "out"), overwrite=False)
+    folder._files = SimpleNamespace(exists=lambda _: False, delete=lambda *_: True, rename=lambda *_: False)
+    with pytest.raises(DataError, match=r"\.out\.unfinished could not be renamed to .*/out"):
+        folder.publish()
 
 
 def test_no_pair_is_an_error_and_writes_nothing(spark, tmp_path: Path) -> None:

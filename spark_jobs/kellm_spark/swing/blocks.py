@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kellm_spark.swing.csr import pairs_batch, pairs_schema, too_large
-from kellm_spark.swing.interactions import Checked, Counts, Spread, nothing_left
+from kellm_spark.swing.interactions import Checked
 from kellm_spark.swing.parameters import MAX_EXACT_WITNESSES, SwingOptions
+from kellm_spark.swing.spread import Counts, Spread, nothing_left, pairs_batch, pairs_schema, too_large
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame

@@ -32,8 +32,8 @@ def njit(*, reorder_sums: bool = False) -> Callable[[Function], Function]:
 
 
 @intrinsic
-def _popcount(typingctx, word):  # type: ignore[no-untyped-def]  # its arguments are Numba's own objects
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]  # as above
+def _popcount(typingctx: Any, word: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.int64(types.int64), codegen

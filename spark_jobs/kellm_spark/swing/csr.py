@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kellm_features.errors import ConfigError
 from kellm_spark.session import arrow_batches, scratch_folder
-from kellm_spark.swing.interactions import Checked, Counts, Spread, nothing_left
+from kellm_spark.swing.interactions import Checked
 from kellm_spark.swing.parameters import MAX_EXACT_WITNESSES, SwingOptions
+from kellm_spark.swing.spread import Counts, Spread, nothing_left, pairs_batch, pairs_schema, too_large
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -61,11 +61,6 @@ def csr_pairs(checked: Checked, options: SwingOptions) -> Spread:
     id_type = "string" if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type) else "bigint"
     chunks = session.range(0, n_chunks, 1, n_chunks)
     return Spread(chunks.mapInArrow(_task(name, options), pairs_schema(id_type)), counts, n_chunks)
-
-
-def pairs_schema(id_type: str) -> str:
-    """The columns of `schemas.PAIRS`, in Spark's words."""
-    return f"anchor_id {id_type}, neighbor_id {id_type}, score double, common int, rank int"
 
 
 def build_graph(
@@ -120,17 +115,6 @@ def build_graph(
         n_columns=len(target_ids),
     )
     return graph, target_ids, counts
-
-
-def too_large(options: SwingOptions, target: object, witnesses: int) -> ConfigError:
-    """The error for a target whose exact scores need more memory than a task should take."""
-    who = "users" if options.side == "item" else "items"
-    other = "" if options.side == "item" else ", or max_item_users, which leaves the most popular items out"
-    return ConfigError(
-        f"swing: {options.side} {target!r} has {witnesses:,} {who}; exact scores keep a matrix of their pairs, "
-        f"{witnesses**2 * 8 / 2**30:,.1f} GiB, in one task, and 1 GiB ({MAX_EXACT_WITNESSES:,} {who}) is the most; "
-        f"set max_witnesses (--max-witnesses), e.g. 1000{other}"
-    )
 
 
 def _keys(session: SparkSession, ids: pa.Array) -> Int:
@@ -202,16 +186,3 @@ def _task(name: str, options: SwingOptions) -> Callable[[Iterator[pa.RecordBatch
             yield pairs_batch(ids, best)
 
     return score
-
-
-def pairs_batch(ids: pa.Array, best: Any) -> pa.RecordBatch:
-    """`schemas.PAIRS` from column indices."""
-    return pa.record_batch(
-        {
-            "anchor_id": ids.take(pa.array(best.targets)),
-            "neighbor_id": ids.take(pa.array(best.neighbors)),
-            "score": best.scores,
-            "common": best.common,
-            "rank": best.ranks,
-        }
-    )

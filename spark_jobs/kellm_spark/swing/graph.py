@@ -154,4 +154,4 @@ def spark_hash(value: int, seed: int) -> int:
     h ^= h >> np.uint64(29)
     h *= prime3
     h ^= h >> np.uint64(32)
-    return np.int64(h)  # type: ignore[return-value]  # an int, in machine code
+    return int(np.int64(h))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -32,25 +32,6 @@ class Checked:
     @property
     def used(self) -> int:
         return self.rows - self.later
-
-
-@dataclass
-class Counts:
-    """What the filters dropped, by reason, and what they left."""
-
-    dropped: dict[str, int] = field(default_factory=dict)
-    targets: int = 0
-    capped: int = 0
-    """Targets with more witnesses than the cap."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Pairs that a number of tasks will compute."""
-
-    pairs: DataFrame
-    counts: Counts
-    tasks: int
 
 
 def check_interactions(
@@ -133,17 +114,6 @@ def check_interactions(
     pairs = interactions.where(kept).select(*ids) if before is not None else interactions.select(*ids)
     size = (told["user_id_bytes"] or 0) + (told["item_id_bytes"] or 0)
     return Checked(pairs, told["rows"], told["later"], size)
-
-
-def nothing_left(checked: Checked, counts: Counts) -> DataError:
-    """The error for filters that left nobody, with what each of them took."""
-    dropped = {"not before the cut": checked.later, **counts.dropped}
-    took = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
-    return DataError(
-        f"interactions: nothing is left to pair: {checked.rows:,} rows"
-        + (f", of which {took}" if took else "")
-        + "; give more rows or widen min_user_items, max_user_items or max_item_users"
-    )
 
 
 def _require(types: dict[str, str], name: str, accepted: tuple[str, ...], told: str) -> str:

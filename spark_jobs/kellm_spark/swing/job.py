@@ -68,7 +68,8 @@ def run_swing_job(job: SwingJob, settings: SparkSettings) -> dict[str, Any]:
             rows_in = plan.rows
             if rows is not frame:
                 rows_in = frame.count()
-                dropped = {f"not in split {split}": rows_in - plan.rows, **dropped}
+                if rows_in > plan.rows:
+                    dropped = {f"not in split {split}": rows_in - plan.rows, **dropped}
             with follow(session, f"swing {job.options.side}", plan.tasks):
                 write_sorted(
                     plan.pairs, folder.staging, ["anchor_id", "rank"], most_rows=plan.targets * job.options.top_k
@@ -80,8 +81,6 @@ def run_swing_job(job: SwingJob, settings: SparkSettings) -> dict[str, Any]:
     if not pairs:
         folder.discard()
         raise no_pair(job.options.side, plan)
-    if not dropped.get(f"not in split {split}", 1):
-        del dropped[f"not in split {split}"]
     manifest = {
         "version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
