@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from kellm_features.settings import SparkSettings
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 
