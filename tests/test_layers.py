@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {
     f"kellm_features.{name}"
-    for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources", "java")
+    for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources", "java", "overrides")
 } | {"kellm_features"}
 HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas")
 

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from kellm_features import __version__
-from kellm_features.errors import ArtifactError, MissingExtraError
-from kellm_features.report.sections import behaviour, knowledge, overview, space
+from kellm_features.errors import ArtifactError, DataError, MissingExtraError
+from kellm_features.report.sections import behaviour, knowledge, links, overview, review, space
 from kellm_features.report.view import RunView
 from kellm_features.settings import Settings
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT = "report.html"
+SCRIPTS = ("report.js", "overrides.js", "review.js")
 _STAMP = re.compile(r'<meta name="kellm-inputs" content="([0-9a-f]{64})">')
 
 SECTIONS: dict[str, tuple[str, Callable[[RunView], Any]]] = {
     "stages": ("Stages", overview.stage_table),
-    "links": ("Links to Wikipedia", knowledge.links),
+    "links": ("Links to Wikipedia", links.coverage),
+    "review": ("Links to check", review.link_review),
     "descriptions": ("Descriptions", knowledge.descriptions),
     "swing": ("Similarity from behaviour", behaviour.swing),
     "training": ("Training", behaviour.training),
@@ -86,7 +88,7 @@ def _render(view: RunView, stamp: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"n": _thousands, "percent": _percent, "fixed": _fixed}
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return environment.get_template("report.html.j2").render(
         run_name=view.run_dir.resolve().name,
         version=__version__,
@@ -115,12 +117,12 @@ def _fixed(value: float, digits: int = 2) -> str:
 def _section(view: RunView, key: str, title: str, build: Callable[[RunView], Any]) -> Section:
     try:
         return Section(key, title, data=build(view))
-    except ArtifactError as error:
+    except (ArtifactError, DataError) as error:
         return Section(key, title, missing=str(error))
 
 
 def _stamp(view: RunView) -> str:
-    """SHA-256 over everything that shapes the page: manifests, settings, this package's code and templates."""
+    """SHA-256 over everything that shapes the page: manifests, settings, overrides, the code and templates here."""
     digest = hashlib.sha256(view.settings.model_dump_json().encode())
     for artifact in view.artifacts.values():
         digest.update(artifact.manifest.model_dump_json().encode())
@@ -128,6 +130,9 @@ def _stamp(view: RunView) -> str:
         if path.suffix in {".py", ".j2", ".css", ".js"}:
             digest.update(path.read_bytes())
     digest.update(str(view.run_dir.resolve()).encode())
+    overrides = view.settings.link.overrides
+    if overrides is not None and overrides.is_file():  # edited since, it must not be saved from an older page
+        digest.update(overrides.read_bytes())
     return digest.hexdigest()
 
 

@@ -75,19 +75,23 @@ def make_wiki(run: Path) -> None:
     lead = f"One is a film {HOSTILE} about counting. " + "word " * 300
     pages = [(7, f"One {HOSTILE}", None, None, False, lead, [], [], [], 1991), *(
         (page, f"Page {page}", None, None, False, f"Lead {page}.", [], [], [], None) for page in (8, 9)
+    ), (10, f"Rival {HOSTILE}", None, "Page 8", False, "", [], [], [], None), (
+        11, f"Rival {HOSTILE}", None, None, False, f"The rival's lead {HOSTILE}.", [], [], [], 1992
     )]  # fmt: skip
     schemas.write_table(table(pages, schemas.PAGES.arrow()), run / "wiki/pages.parquet", schemas.PAGES)
     finish(run, "wiki")
 
 
-def make_link(run: Path) -> None:
-    rows = [
-        (1, 7, f"One {HOSTILE}", 0.75, "exact", f"Rival {HOSTILE}", None),
-        (2, 8, "Page 8", 1.0, "exact", None, None),
-        (3, 9, "Page 9", 0.91, "fuzzy", None, None),
-        (4, None, None, 0.5, None, None, f"tie {HOSTILE}"),
-        *((n, None, None, 0.0, None, None, "no page of that name") for n in range(5, 13)),
-    ]
+LINKS = [
+    (1, 7, f"One {HOSTILE}", 0.75, "exact", f"Rival {HOSTILE}", None),
+    (2, 8, "Page 8", 1.0, "exact", None, None),
+    (3, 9, "Page 9", 0.91, "fuzzy", None, None),
+    (4, None, None, 0.5, None, None, f"tie {HOSTILE}"),
+    *((n, None, None, 0.0, None, None, "no page of that name") for n in range(5, 13)),
+]
+
+
+def make_link(run: Path, rows: list[tuple[object, ...]] = LINKS) -> None:
     schemas.write_table(table(rows, schemas.LINKS.arrow()), run / "link/links.parquet", schemas.LINKS)
     finish(run, "link")
 
@@ -145,13 +149,16 @@ MAKERS = {
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run directory with the named stages, all by default."""
+    """Make a run directory with the named stages, all by default, and these rows of links."""
 
-    def make(*stages: str) -> Path:
+    def make(*stages: str, links: list[tuple[object, ...]] | None = None) -> Path:
         run = tmp_path / "runs" / "small"
         run.mkdir(parents=True)
         for stage in stages or tuple(MAKERS):
-            MAKERS[stage](run)
+            if stage == "link" and links is not None:
+                make_link(run, links)
+            else:
+                MAKERS[stage](run)
         return run
 
     return make

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from kellm_features.report.charts import CHARACTER_WIDTH, bars, fit_square, line_chart, nice_ticks, place_labels
 from kellm_features.report.projection import project
 from kellm_features.report.sections.behaviour import hubness
-from kellm_features.report.sections.knowledge import excerpt_of
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -108,10 +107,3 @@ def test_hubness_by_hand() -> None:
     assert skewness == pytest.approx(12 / 6**1.5)
     assert hubness(np.array([], dtype=int), 5) == (0, 0.0, 5, 0.0)
     assert hubness(np.array([3, 3]), 2)[3] == 0
-
-
-def test_excerpts_end_between_words() -> None:
-    assert excerpt_of("short  text\n here") == "short text here"
-    assert excerpt_of("one two, three", 10) == "one two …"
-    assert excerpt_of("one two, three", 8) == "one two …"
-    assert len(excerpt_of("word " * 500)) <= 702

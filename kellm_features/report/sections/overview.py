@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kellm_features.errors import ArtifactError
@@ -81,11 +82,11 @@ def headline(view: RunView) -> list[Fact]:
         return f"{count:,}", f"of {len(view.items):,} in the catalogue"
 
     def linked() -> tuple[str, str]:
-        pages = view.links["wiki_page_id"]
-        count = len(pages) - pages.null_count
+        items = pc.count_distinct(view.links["item_id"]).as_py()  # one item may have several pages
+        count = pc.count_distinct(view.links.filter(pc.field("wiki_page_id").is_valid())["item_id"]).as_py()
         return (
-            f"{100 * count / (len(pages) or 1):.1f}\N{NO-BREAK SPACE}%",
-            f"{count:,} of {len(pages):,} items have a Wikipedia page",
+            f"{100 * count / (items or 1):.1f}\N{NO-BREAK SPACE}%",
+            f"{count:,} of {items:,} items have a Wikipedia page",
         )
 
     def described() -> tuple[str, str]:
