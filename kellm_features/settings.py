@@ -122,15 +122,30 @@ class SwingSettings(Section):
 class WikiSettings(Section):
     """The MediaWiki dump."""
 
-    dump: Annotated[Path | None, Field(description=".xml or .xml.bz2; None: the mini wiki of the examples")] = None
+    dump: Annotated[
+        Path | list[Path] | None,
+        Field(
+            description=".xml or .xml.bz2, a folder or a pattern of them, or a list; None: the mini wiki",
+            json_schema_extra={"tuning": True},  # its files are hashed themselves
+        ),
+    ] = None
+    lead_only: Annotated[bool, Field(description="leave sections out, and strip the lead alone")] = False
 
 
 class LinkSettings(Section):
     """Linking items to Wikipedia pages."""
 
     domain: Annotated[str, Field(description="what the items are: decides which pages count as evidence")] = "movies"
+    method: Annotated[
+        Literal["names", "edit-similarity"],
+        Field(description="edit-similarity: KELLMRec's own, right for two links in three; to compare with"),
+    ] = "names"
     year_tolerance: Annotated[int, Field(ge=0, le=5)] = 1
     min_similarity: Annotated[float, Field(gt=0, le=1, description="1 - Lev/max(len) of a fuzzy match")] = 0.9
+    max_links: Annotated[int, Field(ge=1, le=100, description="pages of one item, where domain is articles")] = 5
+    overrides: Annotated[
+        Path | None, Field(description="CSV with item_id and page (id, title or none): wins over the linker")
+    ] = None
 
 
 class GenerateSettings(Section):
@@ -305,6 +320,8 @@ def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             assert isinstance(section, dict)
             if isinstance(section.get(key), str):
                 section[key] = str(folder / Path(section[key]).expanduser())
+            elif isinstance(section.get(key), list):
+                section[key] = [str(folder / Path(value).expanduser()) for value in section[key]]
     for name, keys in _PATH_OR_NAME_KEYS.items():
         section = resolved.get(name)
         for key in keys if isinstance(section, dict) else ():

@@ -43,7 +43,14 @@ STAGES: tuple[StageSpec, ...] = (
     ),
     StageSpec("swing", "kellm_spark.stages:run_swing", ("ingest",), ("swing",), engine="spark"),
     StageSpec("wiki", "kellm_spark.stages:run_wiki", (), ("wiki",), "kellm_spark.stages:wiki_files", engine="spark"),
-    StageSpec("link", "kellm_spark.stages:run_link", ("ingest", "wiki"), ("link",), engine="spark"),
+    StageSpec(
+        "link",
+        "kellm_spark.stages:run_link",
+        ("ingest", "wiki"),
+        ("link",),
+        "kellm_spark.stages:link_files",
+        engine="spark",
+    ),
     StageSpec(
         "generate",
         "kellm_features.knowledge.generate:run",

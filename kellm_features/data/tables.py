@@ -41,7 +41,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         if path.is_dir() or ".parquet" in path.name:
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, sep=_delimiter(path), encoding="utf-8")
+            frame = pd.read_csv(path, sep=delimiter(path), encoding="utf-8")
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path} is empty: a header line and at least one row are needed") from error
     except (OSError, ValueError) as error:
@@ -52,7 +52,8 @@ def read_frame(path: Path) -> pd.DataFrame:
     return frame
 
 
-def _delimiter(path: Path) -> str:
+def delimiter(path: Path) -> str:
+    """What parts the fields of a CSV file, by its header line; a comma where that does not tell."""
     with path.open(encoding="utf-8") as handle:
         header = handle.readline()
     try:
