@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kellm_features.cli.app import app, stdout
-from kellm_features.cli.run import ConfigOption, SetOption, run_stage, settings_from
+from kellm_features.cli.run import ConfigOption, SetOption, given_options, run_stage, settings_from
 from kellm_features.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,13 +64,11 @@ def swing(
     """SWING pairs, on Spark: of both sides from train rows, a stage of a run; or of any table with --interactions."""
     settings = settings_from(config, overrides)
     if interactions is None:
-        given = [name for name in ctx.params if _given(ctx, name) and name not in ("out", "config", "overrides")]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ConfigError(f"{flags}: only with --interactions; a stage takes --set swing.key=value")
+        if given := given_options(ctx):
+            raise ConfigError(f"{', '.join(given)}: only with --interactions; a stage takes --set swing.key=value")
         run_stage("swing", settings, Path(out))
         return
-    if side is None or not _given(ctx, "out"):
+    if side is None or not given_options(ctx, "out"):
         raise ConfigError("--interactions needs --side (item or user) and --out (the folder to write)")
     from kellm_features.usage import measure
     from kellm_spark.session import stop_session, submitted
@@ -95,11 +93,6 @@ def swing(
         stop_session()
     stdout.print(_summary(manifest, usage, embedded=not submitted()))
     stdout.print(f"pairs: {out}", soft_wrap=True)
-
-
-def _given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:

@@ -35,6 +35,7 @@ _FOLDS = str.maketrans({"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "đ": "d"
 _APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")
 _WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"\d+")
+_COUNTED = re.compile(r"(?:part|pt|episode|chapter|volume|vol) \d+")
 _SERIAL = re.compile(r" \d+$")
 
 
@@ -98,8 +99,13 @@ def parts(name: str) -> tuple[str, str] | None:
 
     "Star Wars: Episode V - The Empire Strikes Back" gives "Star Wars" and "The Empire Strikes Back".
     """
-    pieces = [piece for piece in _SUBTITLE.split(_KIND_TAIL.sub("", name)) if piece]
+    pieces = _pieces(name)
     return (pieces[0], pieces[-1]) if len(pieces) > 1 else None
+
+
+def is_numbered_part(name: str) -> bool:
+    """Whether a subtitle counts: "Star Wars: Episode IV - A New Hope", "Che: Part One"."""
+    return any(_COUNTED.match(key(piece)) for piece in _pieces(name)[1:])
 
 
 def unowned(name: str) -> str | None:
@@ -134,6 +140,10 @@ def numerals(name_key: str) -> list[str]:
 def compact(name_key: str) -> str:
     """A key without blanks: "Mouse Hunt" and "MouseHunt" are one name."""
     return name_key.replace(" ", "")
+
+
+def _pieces(name: str) -> list[str]:
+    return [piece for piece in _SUBTITLE.split(_KIND_TAIL.sub("", name)) if piece]
 
 
 def _plain_quotes(name: str) -> str:

@@ -11,7 +11,7 @@ from kellm_spark.linking import LinkOptions, link_items, linkable_titles
 
 PAGE_COLUMNS = (
     "wiki_page_id long, wiki_title string, display_title string, redirect_to string, is_disambiguation boolean, "
-    "evidence array<string>, year int"
+    "evidence array<string>, year int, lead string"
 )
 
 
@@ -24,6 +24,7 @@ def page(page_id: int, title: str, kind: str | None = "film", year: int | None =
         more.get("disambiguation", False),
         [kind] if kind else [],
         year,
+        more.get("lead", f"{title.partition(' (')[0]} is a thing."),
     )
 
 
@@ -62,11 +63,11 @@ PAGES = [
     page(32, "Thomas & the Magic Railroad", year=2000),
     page(33, "Halloween H20: 20 Years Later", year=1998),
     page(40, "12 Monkeys", year=1995),
-    page(41, "National Lampoon's Vacation", year=1983),
+    page(41, "National Lampoon's Vacation", year=1983, lead="National Lampoon's Vacation, or simply Vacation, is"),
     page(42, "Vacation (2015 film)", year=2015),
     page(43, "Miss Evers' Boys", year=1997),
-    page(44, "The Puppet Masters (film)", year=1994),
-    page(45, "The Empire Strikes Back", year=1980),
+    page(44, "The Puppet Masters (film)", year=1994, lead="The Puppet Masters is a film after Robert Heinlein."),
+    page(45, "The Empire Strikes Back", year=1980, lead="The Empire Strikes Back is the second Star Wars film."),
     page(46, "Candyman 2: Farewell to the Flesh", year=1995),
     page(47, "Children of the Corn III: Urban Harvest", year=1995),
     page(48, "Everything You Always Wanted to Know About Sex* But Were Afraid to Ask", year=1972),
@@ -86,7 +87,14 @@ PAGES = [
     page(62, "Little Women (1995 film)", year=1995),
     page(63, "Little Women", "book", 1868),
     page(64, "The Jerky Boys: The Movie", year=1995),
-    page(65, "Aladdin: The Return of Jafar", year=1993),
+    page(65, "Aladdin: The Return of Jafar", year=1993, lead="The Return of Jafar is a film."),
+    page(66, "The Wrath of God", year=1972),
+    page(67, "Steve Jobs (film)", year=2015),
+    page(68, "2010 (film)", year=1984, lead="2010: The Year We Make Contact is a film."),
+    page(69, "Che (2008 film)", year=2008),
+    page(71, "The Class (2008 film)", year=2008),
+    page(72, "Anguish (1987 film)", year=1987, lead="Anguish (Spanish: Angustia) is a film."),
+    page(70, "Death at a Funeral Parlour (2010 film)", year=2010),
 ]
 
 CATALOGUE = [
@@ -150,6 +158,13 @@ CATALOGUE = [
     (62, "Little Women", 1995, 62, "exact"),
     (63, "Jerky Boys, The", 1994, 64, "normalized"),
     (64, "Return of Jafar, The", 1993, 65, "subtitle"),
+    (66, "Aguirre: The Wrath of God", 1972, None, "unconfirmed"),  # its tail is the name of a Western of that year
+    (67, "Steve Jobs: The Man in the Machine", 2015, None, "unconfirmed"),  # a documentary of the film's year
+    (68, "2010: The Year We Make Contact", 1984, 68, "subtitle"),
+    (69, "Che: Part Two", 2008, 69, "subtitle"),
+    (70, "Death at a Funeral Parlour", 2007, None, "year mismatch"),  # the remake; its page says that there are two
+    (71, "Class, The (Klass)", 2007, None, "year mismatch"),  # a French film of the year after
+    (72, "Anguish (Angustia)", 1986, 72, "exact"),
     (65, "Vacation", 1984, None, "year mismatch"),
 ]
 
@@ -159,7 +174,7 @@ def links(spark) -> dict[int, Any]:
     items = spark.createDataFrame([row[:3] for row in CATALOGUE], "item_id long, title string, year int")
     frame = link_items(items.repartition(4), spark.createDataFrame(PAGES, PAGE_COLUMNS).repartition(3))
     rows = frame.collect()
-    assert sorted(row.item_id for row in rows) == [row[0] for row in CATALOGUE]  # every item once
+    assert sorted(row.item_id for row in rows) == sorted(row[0] for row in CATALOGUE)  # every item once
     return {row.item_id: row for row in rows}
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from kellm_spark.evidence import split_title
 from kellm_spark.linking.hooks import MIN_PREFIX_WORDS
 from kellm_spark.linking.options import LinkOptions
-from kellm_spark.naming import exact_fold, leading_article, numerals
+from kellm_spark.naming import exact_fold, is_numbered_part, item_names, key, leading_article, numerals, parts
 
 _SURENESS = {
     "exact": 1.0, "normalized": 0.97, "redirect": 0.95, "aka": 0.93, "fuzzy": 0.9, "subtitle": 0.85, "possessive": 0.85,
@@ -65,10 +66,11 @@ def decide(item: dict[str, Any], options: LinkOptions) -> dict[str, Any]:
     """Choose among an item's candidates (see `hooks.with_candidates`), or say why not."""
     fitting: dict[str, dict[int, Candidate]] = {tier: {} for tier in _TIERS}
     refused: list[tuple[int, int, str, str]] = []  # how near it came (less is nearer), page, title, reason
+    names = item_names(item["title"])
     for match in item["candidates"] or []:
         page_id, title = match["wiki_page_id"], match["wiki_title"]
         gap = None if None in (item["year"], match["page_year"]) else abs(item["year"] - match["page_year"])
-        judged = _judge(match, gap, options)
+        judged = _judge(match, gap, names, options)
         if isinstance(judged, _Refusal):
             refused.append((judged.distance, page_id, title, judged.reason))
         if isinstance(judged, _Refusal) and not _only_the_year_is_wrong(match, gap, options):
@@ -103,7 +105,9 @@ class _Refusal:
     reason: str
 
 
-def _judge(match: dict[str, Any], gap: int | None, options: LinkOptions) -> tuple[str, str] | _Refusal | None:
+def _judge(
+    match: dict[str, Any], gap: int | None, names: list[str], options: LinkOptions
+) -> tuple[str, str] | _Refusal | None:
     """The tier and the method of a match that fits; a refusal worth telling; None for one that says nothing."""
     tier = _tier(match)
     if tier != "name":
@@ -114,7 +118,11 @@ def _judge(match: dict[str, Any], gap: int | None, options: LinkOptions) -> tupl
             and gap <= options.year_tolerance
             and _piece_fits(match, gap)
         )
-        return (tier, _method(match)) if fits else None
+        if not fits:
+            return None
+        if tier == "piece" and not _page_says_so(match, names[0]):
+            return _Refusal(5_000, "unconfirmed")
+        return tier, _method(match)
     if match["is_disambiguation"]:
         return _Refusal(20_000, "disambiguation only")
     if match["kind"] not in options.kinds:
@@ -123,6 +131,9 @@ def _judge(match: dict[str, Any], gap: int | None, options: LinkOptions) -> tupl
         return _Refusal(gap, "year mismatch")
     if gap and not _long(match["key"]) and leading_article(match["name"]) != leading_article(match["found_as"]):
         # "The Boys" of 1997 is not "Boys" of 1996: two differences are one too many.
+        return _Refusal(gap, "year mismatch")
+    if gap and _is_dated(match) and len(names) > 1 and not _goes_by_one_of(match, names[1:]):
+        # "The Class (Klass)" of 2007 is not "The Class (2008 film)", which knows no Klass.
         return _Refusal(gap, "year mismatch")
     return "name", _method(match)
 
@@ -159,6 +170,32 @@ def _piece_fits(match: dict[str, Any], gap: int) -> bool:
     return gap == 0 or _long(mine)
 
 
+def _page_says_so(match: dict[str, Any], whole: str) -> bool:
+    """Whether the page's first words bear out that one name is a part of the other: the years alone do not.
+
+    "Steve Jobs: The Man in the Machine" came out in the year of "Steve Jobs", and "Aguirre: The Wrath of God" in that
+    of "The Wrath of God".
+
+    Args:
+        match: of a piece.
+        whole: the item's main name.
+    """
+    how, page_how = match["how"], match["page_how"]
+    if how == "serial" or (how == "head" and is_numbered_part(whole)):
+        return True  # series and subtitle are both equal; a part of a work is told of where the work is
+    lead = f" {key(match['lead'] or '')} "
+    pieces = parts(whole)
+    if how in ("head", "tail") and pieces:
+        return f" {key(pieces[how == 'head'])} " in lead  # the piece that the page's name lacks
+    if how == "rest":
+        owner = key(whole.removesuffix(match["name"])).removesuffix(" presents").split()
+        return bool(owner) and f" {owner[-1].removesuffix('s')}" in lead
+    if page_how == "head" or (page_how == "rest" and " " in match["key"]):
+        return True  # the longer name is the page's: it could only be of another film, one without a page
+    page_name = key(split_title(match["wiki_title"])[0])
+    return f" {match['key']} " in lead.replace(f" {page_name} ", " | ")  # it has to go by the shorter name too
+
+
 def _only_the_year_is_wrong(match: dict[str, Any], gap: int | None, options: LinkOptions) -> bool:
     return (
         match["kind"] in options.kinds
@@ -169,7 +206,18 @@ def _only_the_year_is_wrong(match: dict[str, Any], gap: int | None, options: Lin
         and match["page_how"] == "title"
         and _long(match["key"])
         and options.year_tolerance > 0
+        and not _is_dated(match)
     )
+
+
+def _is_dated(match: dict[str, Any]) -> bool:
+    """Whether the page's title says that there is another of the name: "Death at a Funeral (2010 film)"."""
+    return any(char.isdigit() for char in split_title(match["wiki_title"])[1])
+
+
+def _goes_by_one_of(match: dict[str, Any], names: list[str]) -> bool:
+    lead = f" {key(match['lead'] or '')} "
+    return match["how"] == "aka" or any(f" {key(name)} " in lead for name in names)
 
 
 def _long(name_key: str) -> bool:

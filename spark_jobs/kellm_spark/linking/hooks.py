@@ -24,8 +24,12 @@ MIN_FUZZY_LENGTH = 6
 """Shorter keys are one edit away from too many others ("Heat", "Beat")."""
 MIN_PREFIX_WORDS = 3
 """A name cut short must have this many words left: "Everything You Always Wanted to Know About Sex"."""
+LEAD_LENGTH = 400
+"""Characters of a lead in which a page says by what other names it goes."""
 _BLOCK_LENGTH = 4
 """A misspelt name must share this many characters with the right one, at its start or at its end."""
+_MAY_BE_PART = ("full:", "part:")
+"""Hooks where the one name may be a piece of the other: what the page says then counts."""
 Hook = tuple[str, str, str, str]
 """How the name was got, the name, its key, the hook."""
 
@@ -33,16 +37,16 @@ _FOUND = pa.schema(
     [
         ("page_how", pa.string()), ("found_as", pa.string()), ("found_key", pa.string()), ("hook", pa.string()),
         ("wiki_page_id", pa.int64()), ("wiki_title", pa.string()), ("page_year", pa.int32()), ("kind", pa.string()),
-        ("is_disambiguation", pa.bool_()),
+        ("is_disambiguation", pa.bool_()), ("lead", pa.string()),
     ]
 )  # fmt: skip
 _FOUND_SQL = (
     "page_how string, found_as string, found_key string, hook string, wiki_page_id bigint, wiki_title string, "
-    "page_year int, kind string, is_disambiguation boolean"
+    "page_year int, kind string, is_disambiguation boolean, lead string"
 )
 _MATCH = (
     "how", "name", "key", "page_how", "found_as", "found_key", "wiki_page_id", "wiki_title", "page_year", "kind",
-    "is_disambiguation", "similarity",
+    "is_disambiguation", "lead", "similarity",
 )  # fmt: skip
 
 
@@ -58,8 +62,8 @@ def with_candidates(items: DataFrame, pages: DataFrame, options: LinkOptions) ->
         The items with `candidates`, an array of structs (null where there is none): `how` the item's name was got
         (main, aka; head, tail, rest, serial for a piece; whole for the main name asking for pieces; prefix; fuzzy) with
         name and key; `page_how` the page's (title, display, redirect; head, tail, rest, serial) with found_as and
-        found_key; the page's id, title, year, first kind and whether it is a disambiguation page; `similarity` in
-        [0, 1] of the keys where `how` is fuzzy, else 1.
+        found_key; the page's id, title, year, first kind, whether it is a disambiguation page, and the beginning of its
+        lead where it may be asked; `similarity` in [0, 1] of the keys where `how` is fuzzy, else 1.
     """
     from pyspark.sql import functions as sf
 
@@ -101,7 +105,13 @@ def with_aliases(pages: DataFrame) -> DataFrame:
         .agg(sf.collect_set("alias").alias("aliases"))
     )
     own = pages.where("redirect_to is null").select(
-        "wiki_page_id", "wiki_title", "display_title", "is_disambiguation", "evidence", "year"
+        "wiki_page_id",
+        "wiki_title",
+        "display_title",
+        "is_disambiguation",
+        "evidence",
+        "year",
+        sf.substring("lead", 1, LEAD_LENGTH).alias("lead"),
     )
     return own.join(aliases, "wiki_title", "left")
 
@@ -254,9 +264,10 @@ def _page_rows(options: LinkOptions) -> Callable[[Rows], Rows]:
     def parse(batches: Rows) -> Rows:
         for batch in batches:
             found = [
-                (*hook, page["wiki_page_id"], page["wiki_title"], page["year"], (page["evidence"] or [None])[0],
-                 bool(page["is_disambiguation"]))
+                (*hook, page["wiki_page_id"], page["wiki_title"], page["year"], kind, bool(page["is_disambiguation"]),
+                 page["lead"] if kind in options.kinds and hook[3].startswith(_MAY_BE_PART) else None)
                 for page in batch.to_pylist()
+                for kind in [(page["evidence"] or [None])[0]]
                 for hook in page_hooks(page, options)
             ]  # fmt: skip
             yield _columns(found, _FOUND)

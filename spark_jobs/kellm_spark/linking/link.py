@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kellm_features.errors import DataError, SchemaError
+from kellm_features.schemas import PAGES
 from kellm_spark.linking.decision import decisions
 from kellm_spark.linking.edit_similarity import edit_similarity_links
 from kellm_spark.linking.hooks import with_candidates
@@ -40,7 +41,7 @@ def link_items(
         (0, 1], method (exact, normalized, redirect, aka, subtitle, possessive, prefix, fuzzy, year; edit-similarity;
         mention, mention-redirect; override), runner_up = the next best page, reason null. Not linked: page and method
         null, link_score 0, runner_up = the page that came nearest, and reason ("no candidate", "disambiguation only",
-        "wrong kind", "year mismatch", "ambiguous"; of articles those of `link_mentions`; "override").
+        "wrong kind", "year mismatch", "unconfirmed", "ambiguous"; of articles those of `link_mentions`; "override").
 
     Raises:
         SchemaError: a column is missing.
@@ -83,7 +84,7 @@ def _check(items: DataFrame, pages: DataFrame) -> None:
         "items": (items, ("item_id", "title", "year")),
         "pages": (
             pages,
-            ("wiki_page_id", "wiki_title", "display_title", "redirect_to", "is_disambiguation", "evidence", "year"),
+            tuple(name for name in PAGES.names if name not in ("sections", "categories")),
         ),
     }
     for table, (frame, columns) in needed.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kellm_features import __version__
 from kellm_features.errors import ConfigError, DataError
 from kellm_spark.session import data_errors, follow, get_session, spark_reason
-from kellm_spark.storage import Folder, read_table, write_sorted
+from kellm_spark.storage import MANIFEST, Folder, read_table, write_sorted
 from kellm_spark.swing.parameters import Side, SwingOptions
 from kellm_spark.swing.plan import SwingPlan, plan_swing
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
     from kellm_features.settings import SparkSettings
-
-MANIFEST = "_manifest.json"
 
 
 @dataclass(frozen=True)
