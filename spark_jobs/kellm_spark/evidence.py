@@ -7,66 +7,100 @@ from __future__ import annotations
 
 import re
 
-from kellm_spark.wikitext import Article, first_year, infobox, plain_text
+from kellm_spark.wikitext import Article, first_year, infobox
 
+_PERSON = (
+    r"person|actor|actress|writer|author|poet|biography|officeholder|politician|scientist|artist|royalty|saint|athlete"
+    r"|sportsperson|boxer|[\w ]+ biography|military person|criminal|academic|philosopher|comedian|comics creator|chef"
+    r"|model|monarch|president|prime minister|cricketer|wrestler|golfer|nfl player|nobility|noble|clergy|pope|engineer"
+    r"|architect|economist|astronaut|journalist|youtube personality|religious biography|pharaoh"
+)
+# The words after "Infobox"; the first kind that fits counts, so characters stand before what they appear in.
 _INFOBOX = (
-    ("television", r"television|tv|reality (?:tv|show)|anime|animanga"),
-    ("film", r"film|movie|hollywood cartoon|short film"),
-    ("book", r"book|novel|short story|comic|graphic novel|manga|magazine|journal|poem|play\b"),
+    ("character", r"(?:[\w ]+ )?character|fictional [\w ]+|superhero(?: team)?"),
+    ("species", r"(?:[\w ]* )?(?:taxobox|taxoboks|speciesbox)|taxobox|taxoboks|speciesbox|\w*ta(?:x|ks)onom\w*"),
+    ("event", r"[\w ]*(?:festival|contest|conflict|tournament|election|ceremony)|event|spaceflight|olympic[\w ]*|games"
+     r"|holiday|earthquake|hurricane|football match|concert|news event|wrestling event"),
+    ("award", r"[\w ]*awards?"),
+    ("organization", r"company|organi[sz]ation|university|school|football club|[\w ]*political party|government agency"
+     r"|television (?:channel|station|network)|tv (?:channel|station)|broadcast[\w ]*|record label|publisher"
+     r"|sports (?:conference|league|team)|union|law firm|airline|dotcom company|network|hospital|national military"),
+    ("periodical", r"magazine|journal|newspaper"),
+    ("film series", r"film series|(?:media )?franchise"),
+    ("television", r"television[\w ]*|tv[\w ]*|reality (?:tv|show)|anime|animanga[\w /]*"),
+    ("film", r"film|movie|hollywood cartoon|short film|filme|película"),
+    ("book", r"book|books|novel|short story|comic|comic book[\w ]*|graphic novel|manga|poem|play|novella|book series"),
     ("song", r"song|single|musical composition|anthem"),
-    ("album", r"album|ep\b|soundtrack"),
-    ("band", r"musical artist|band|orchestra"),
-    ("game", r"video ?game|vg\b|game\b|board game"),
-    ("person", r"person|actor|writer|biography|officeholder|politician|scientist|artist|royalty|saint|athlete|sports"
-     r"person|boxer|football biography|military person|criminal|academic|philosopher|comedian|chef|model|adult|monarch"
-     r"|president|prime minister|baseball biography|basketball biography|cricketer|tennis biography|pageant|noble"),
-    ("character", r"character|comics character|fictional"),
+    ("album", r"album|álbum|ep|soundtrack"),
+    ("band", r"musical artist|band|orchestra|musical ensemble"),
+    ("game", r"video ?game[\w ]*|vg[\w ]*|game|board ?game|card game|tabletop game"),
+    ("person", _PERSON),
     ("settlement", r"settlement|city|town|village|uk place|french commune|german location|italian comune|municipality"
-     r"|country|u\.?s\.? state|province|former country|islands?\b|region|river|mountain|lake|building|venue|airport"),
-    ("organization", r"company|organi[sz]ation|university|school|football club|political party|government agency"),
-    ("species", r"taxobox|speciesbox"),
+     r"|country|u\.?s\.? (?:state|county)|province[\w ]*|former country|islands?|region|river|mountain|lake|building"
+     r"|venue|airport|continent|state|county|body of water|body|bridge|station|historic site|nrhp|protected area|park"),
+    ("language", r"language(?: family)?"),
+    ("software", r"software|website|os|operating system|programming language|file format"),
+    ("disease", r"disease|medical condition(?: \(new\))?"),
 )  # fmt: skip
-_INFOBOX_KINDS = [(kind, re.compile(rf"^infobox (?:{words})")) for kind, words in _INFOBOX]
+_INFOBOX_KINDS = [(kind, re.compile(rf"(?:{words})(?:\b|$)")) for kind, words in _INFOBOX]
+_INFOBOX_WORD = re.compile(r"^(?:info\w*|ficha de)[ :/-]*|[ -]*infobox$")
+# What stands at the end of a category's name, its first preposition and what follows being cut off: "Films" of
+# "Films based on novels", "American novels" of "American novels adapted into films".
 _CATEGORY_KINDS = [
-    (kind, re.compile(words, re.IGNORECASE))
+    (kind, re.compile(rf"\b(?:{words})$", re.IGNORECASE))
     for kind, words in (
-        ("film", r"\bfilms?$|^films (?:directed|produced|based|set|shot|about|scored|with|by)\b"),
-        ("television", r"\btelevision (?:series|shows?|programs?|programmes?|miniseries)\b|\bTV series\b"),
-        ("book", r"\b(?:novels?|books?|short stories|novellas|plays|poems)$"),
-        ("song", r"\b(?:songs?|singles)$"),
-        ("album", r"\balbums?$"),
-        ("band", r"\bmusical groups\b|\bbands$"),
-        ("game", r"\bvideo games$"),
-        ("person", r"\b(?:births|deaths|people)$"),
-        ("settlement", r"\b(?:populated places|cities|towns|villages|municipalities|capitals)\b"),
+        ("film", r"films?"),
+        ("film series", r"film series|film franchises"),
+        ("television", r"television (?:series|shows?|programs?|programmes?|miniseries)(?: debuts| endings)?|TV series"),
+        ("book", r"novels?|books?|short stories|novellas|plays|(?<!symphonic )poems|comics debuts|graphic novels"),
+        ("song", r"songs?|(?<!['’]s )singles|compositions"),
+        ("album", r"albums?|soundtracks"),
+        ("band", r"musical groups(?: (?:dis|re)?established)?|bands|musical (?:duos|trios|quartets|quintets)"),
+        ("game", r"video games|board games|card games"),
+        ("person", r"births|deaths|living people"),
+        ("character", r"characters|fictional [\w -]+"),
+        ("species", r"species|fauna|flora|animals described"),
+        ("event", r"battles|festivals|elections|conflicts"),
+        (
+            "settlement",
+            r"populated places(?: established)?|cities|towns|villages|municipalities|capitals|countries",
+        ),
     )
 ]
-# "Novels adapted into films" and "Lists of films" name films and hold none.
-_NO_KIND = re.compile(r"adapted into|^lists? of|\binspirations? for\b", re.IGNORECASE)
+_AFTER_HEAD = re.compile(
+    r" (?:of|in|on|by|from|for|about|with|at|to|that|which|whose|based|set|shot|directed|produced|scored|written"
+    r"|adapted|developed|published|featuring|starring|recorded|inspired|composed|filmed|released|using|involving|introduced"
+    r"|established|disestablished|originally)\b.*"
+)
 # The plain noun in the title's parentheses: "Casino (1995 film)", "Emma (novel)", "Alien (soundtrack)".
 _TITLE_KINDS = [
     (kind, re.compile(rf"\b(?:{words})$", re.IGNORECASE))
     for kind, words in (
-        ("film", "film|movie"),
         ("film series", "film series|franchise"),
-        ("television", "tv series|television series|miniseries|tv program|tv programme"),
-        ("book", "novel|book|short story|novella|play"),
-        ("song", "song"),
-        ("album", "album|soundtrack"),
-        ("band", "band|musician|singer|rapper"),
-        ("game", "video game|game"),
+        ("television", "tv series|television series|miniseries|tv program|tv programme|tv show|anime"),
+        ("film", "film|movie"),
+        ("book", "novel|book|short story|novella|play|comics|comic book|manga|poem|book series|novel series"),
+        ("song", "song|composition"),
+        ("album", "album|soundtrack|EP"),
+        ("band", "band|musician|singer|rapper|group"),
+        ("game", "video game|game|video game series"),
         ("character", "character"),
+        ("person", "actor|actress|director|filmmaker|writer|author|politician|footballer|composer|artist"),
+        ("periodical", "magazine|journal|newspaper"),
     )
 ]
+_LIST_TITLE = re.compile(r"^lists? of ", re.IGNORECASE)
 _PARENTHESES = re.compile(r"^(.*?)\s+\(([^()]*)\)$")
-_YEAR = re.compile(r"(?<!\d)(1[89]\d\d|20\d\d)(?!\d)")
+_YEAR = re.compile(r"(?<!\d)(1[5-9]\d\d|20\d\d)(?!\d)")
 _YEAR_CATEGORY = re.compile(
-    r"^(1[89]\d\d|20\d\d) (?:[\w-]+ )*?(?:films?|novels?|books|songs|singles|albums|video games|plays|works|"
-    r"short stories|television series debuts|television films|non-fiction books|children's books)\b"
+    r"^(1[5-9]\d\d|20\d\d) (?:[\w'-]+ )*?(?:films?|novels?|books|songs|singles|albums|EPs|video games|plays|works|"
+    r"short stories|television (?:series|show) debuts|debut novels|compositions|poems|musicals|operas|essays|"
+    r"comics debuts)$"
 )
 _DATE_FIELDS = (
-    "released", "release_date", "release date", "release", "pub_date", "publication_date", "publication date",
-    "published", "first_aired", "first aired", "premiere",
+    "released", "release_date", "release date", "release", "orig_pub_date", "pub_date", "publication_date",
+    "publication date", "published", "first_aired", "first aired", "premiere", "premiere_date", "air_date", "airdate",
+    "written", "composed", "first_run", "date_premiere",
 )  # fmt: skip
 
 
@@ -80,14 +114,20 @@ def split_title(title: str) -> tuple[str, str]:
 
 
 def kinds_of(article: Article, title: str) -> list[str]:
-    """The kinds of thing that title, infobox and categories speak for, strongest evidence first, each once."""
+    """The kinds of thing that title, infobox and categories speak for, strongest evidence first, each once.
+
+    A list of things is a "list", whatever its categories hold; a film may be called "List of Lovers".
+    """
+    box = infobox(article)
+    if box is None and _LIST_TITLE.match(title):
+        return ["list"]
     named = title_kind(title)
     kinds = [named] if named else []
-    box = infobox(article)
     if box:
-        kinds += [kind for kind, words in _INFOBOX_KINDS if words.match(box.name)][:1]
-    telling = [name for name in article.categories if not _NO_KIND.search(name)]
-    kinds += [kind for kind, words in _CATEGORY_KINDS if any(words.search(name) for name in telling)]
+        subject = _INFOBOX_WORD.sub("", box.name) or box.name
+        kinds += [kind for kind, words in _INFOBOX_KINDS if words.match(subject)][:1]
+    heads = {_AFTER_HEAD.sub("", name) for name in article.categories}
+    kinds += [kind for kind, words in _CATEGORY_KINDS if any(words.search(head) for head in heads)]
     return list(dict.fromkeys(kinds))
 
 
@@ -98,7 +138,11 @@ def title_kind(title: str) -> str | None:
 
 
 def year_of(article: Article, title: str) -> int | None:
-    """The year of a work: from the title's parentheses, else the infobox's date, else a "NNNN films" category."""
+    """The year in which a work came out: of several, as of a series that ran from 1999 to 2007, the first.
+
+    Read from the title's parentheses, else the infobox's date, else the earliest "NNNN films" category. Years before
+    1500 are not told from other numbers.
+    """
     told = _YEAR.search(split_title(title)[1])
     if told:
         return int(told[1])
@@ -108,5 +152,4 @@ def year_of(article: Article, title: str) -> int | None:
             year = first_year(box.fields[name])
             if year:
                 return year
-    years = [int(found[1]) for name in article.categories if (found := _YEAR_CATEGORY.match(plain_text(name)))]
-    return min(years, default=None)
+    return min((int(found[1]) for name in article.categories if (found := _YEAR_CATEGORY.match(name))), default=None)
