@@ -63,7 +63,8 @@ class ItemFacts:
     after_noun: tuple[str, ...] = ()
     """Phrases that follow it: "directed by John Lasseter"."""
     sentences: tuple[str, ...] = ()
-    """Of the linked page's lead, without a defining first sentence that the phrases already tell."""
+    """Of the linked pages' leads: the first one of each, then the others; without a defining first sentence that the
+    phrases already tell."""
 
     @property
     def name(self) -> str:
@@ -103,7 +104,7 @@ def item_facts(
     title: str,
     year: int | None,
     genres: Sequence[str],
-    page: Page | None = None,
+    pages: Sequence[Page] = (),
 ) -> ItemFacts:
     """Collect an item's facts.
 
@@ -112,18 +113,21 @@ def item_facts(
         title: of the catalogue.
         year: of the catalogue, where known.
         genres: of the catalogue.
-        page: the linked page.
+        pages: the linked pages, the best first. Phrases come from the first alone: what the others are about, the
+            item only mentions.
     """
     before: list[str] = []
     after: list[str] = []
     page_genre = ""
     for rule in domain.facts:
-        if page and (value := find_fact(rule, page)):
+        if pages and (value := find_fact(rule, pages[0])):
             (before if rule.before_noun else after).append(rule.phrase.format(value=value))
             page_genre = value if rule.factor == "genre" else page_genre
-    sentences = split_sentences(page.lead) if page else []
-    if sentences and after and _DEFINITION.search(sentences[0]):
-        sentences = sentences[1:]
+    leads = [split_sentences(page.lead) for page in pages]
+    if leads and leads[0] and after and _DEFINITION.search(leads[0][0]):
+        leads[0] = leads[0][1:]
+    # Every page says in its first sentence what it is about.
+    sentences = [*(lead[0] for lead in leads if lead), *(sentence for lead in leads for sentence in lead[1:])]
     return ItemFacts(
         noun=domain.noun,
         title=bare_title(title),

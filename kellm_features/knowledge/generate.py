@@ -78,7 +78,7 @@ def run(ctx: StageContext) -> StageReport:
 
     rows = items.to_pylist()
     facts = {
-        row["item_id"]: item_facts(domain, row["title"], row["year"], row["genres"], pages.get(row["item_id"]))
+        row["item_id"]: item_facts(domain, row["title"], row["year"], row["genres"], pages.get(row["item_id"], ()))
         for row in rows
     }
     order = _by_popularity(facts, interactions)
@@ -89,7 +89,7 @@ def run(ctx: StageContext) -> StageReport:
     profiles = _describe_users(writer, users.to_pylist(), history)
     _write(profiles, users, "user_id", USER_DESCRIPTIONS, ctx.out / "user_descriptions.parquet")
 
-    grounded = sum(page.has_text for page in pages.values())
+    grounded = sum(any(page.has_text for page in of_item) for of_item in pages.values())
     notes = {
         "domain": domain.name,
         "items_by_source": dict(Counter(d.source for d in described.values())),
@@ -109,14 +109,15 @@ def run(ctx: StageContext) -> StageReport:
 
 
 def _describe_items(
-    writer: Writer, facts: Mapping[Any, ItemFacts], pages: Mapping[Any, Page], order: Sequence[Any]
+    writer: Writer, facts: Mapping[Any, ItemFacts], pages: Mapping[Any, Sequence[Page]], order: Sequence[Any]
 ) -> dict[Any, Description]:
     settings = writer.settings
     count = len(order) if settings.limit is None else settings.limit
     described: dict[Any, Description] = {}
     for name, ids in ((settings.engine, order[:count]), (settings.fallback_engine, order[count:])):
-        prompts = [item_prompt(writer.domain, facts[i], pages.get(i), settings.page_tokens) for i in ids]
-        texts = writer.write(name, prompts, f"describe {writer.domain.plural}", [pages.get(i) for i in ids])
+        prompts = [item_prompt(writer.domain, facts[i], pages.get(i, ()), settings.page_tokens) for i in ids]
+        best = [pages[i][0] if i in pages else None for i in ids]
+        texts = writer.write(name, prompts, f"describe {writer.domain.plural}", best)
         described.update(zip(ids, texts, strict=True))
     return described
 
@@ -170,9 +171,11 @@ def _by_popularity(facts: Mapping[Any, ItemFacts], interactions: pd.DataFrame) -
     return sorted(facts, key=lambda item_id: (-counts.get(item_id, 0), item_id))
 
 
-def _read_pages(path: Path, links: pa.Table) -> dict[Any, Page]:
-    """The linked pages alone, by item."""
-    linked = links.filter(pc.is_valid(links["wiki_page_id"]))
+def _read_pages(path: Path, links: pa.Table) -> dict[Any, list[Page]]:
+    """The linked pages alone, by item, the best first; an article may mention several."""
+    linked = links.filter(pc.is_valid(links["wiki_page_id"])).sort_by(
+        [("item_id", "ascending"), ("link_score", "descending"), ("wiki_page_id", "ascending")]
+    )
     dataset = ds.dataset(path, format="parquet")
     PAGES.check(dataset.schema, str(path))
     wanted = dataset.to_table(
@@ -185,14 +188,14 @@ def _read_pages(path: Path, links: pa.Table) -> dict[Any, Page]:
         )
         for row in wanted.to_pylist()
     }
-    by_item = {}
+    by_item: dict[Any, list[Page]] = {}
     for link in linked.select(["item_id", "wiki_page_id"]).to_pylist():
         if link["wiki_page_id"] not in pages:
             raise DataError(
                 f"{path}: page {link['wiki_page_id']}, to which item {link['item_id']!r} is linked, is not there: "
                 "run  kellm run --from wiki"
             )
-        by_item[link["item_id"]] = pages[link["wiki_page_id"]]
+        by_item.setdefault(link["item_id"], []).append(pages[link["wiki_page_id"]])
     return by_item
 
 
@@ -212,7 +215,7 @@ def _write(rows: Mapping[Any, Description], table: pa.Table, key: str, schema: T
 def _samples(
     described: Mapping[Any, Description],
     facts: Mapping[Any, ItemFacts],
-    pages: Mapping[Any, Page],
+    pages: Mapping[Any, Sequence[Page]],
     order: Sequence[Any],
 ) -> list[dict[str, Any]]:
     """The most popular items, half of them of the first source, so that each source is seen."""
@@ -225,8 +228,8 @@ def _samples(
         {
             "item_id": item_id,
             "title": facts[item_id].name,
-            "wiki_title": pages[item_id].title if item_id in pages else None,
-            "source_excerpt": cut_to_tokens(pages[item_id].lead, EXCERPT_TOKENS) if item_id in pages else None,
+            "wiki_title": pages[item_id][0].title if item_id in pages else None,
+            "source_excerpt": cut_to_tokens(pages[item_id][0].lead, EXCERPT_TOKENS) if item_id in pages else None,
             "description": described[item_id].text,
             "description_source": described[item_id].source,
         }

@@ -18,14 +18,14 @@ DIGEST_TOKENS = 60
 """Of an item's description in a user's prompt."""
 
 
-def item_prompt(domain: Domain, facts: ItemFacts, page: Page | None, page_tokens: int) -> Prompt:
+def item_prompt(domain: Domain, facts: ItemFacts, pages: Sequence[Page], page_tokens: int) -> Prompt:
     """The prompt of one item: grounded where a page with text is linked, closed-book otherwise (KELLMRec Table 2).
 
     Args:
         domain: templates and section order.
         facts: of the item.
-        page: the linked page.
-        page_tokens: budget of page text, in estimated tokens.
+        pages: the linked pages, the best first.
+        page_tokens: budget of the text of all pages, in estimated tokens.
     """
     factors = ", ".join(domain.item.factors)
     fields = {
@@ -34,25 +34,36 @@ def item_prompt(domain: Domain, facts: ItemFacts, page: Page | None, page_tokens
         "genres": _line(", ".join(facts.genres)) or "unknown",
         "factors": factors,
     }
-    if page is not None and page.has_text:
-        fields["page"] = _delimited("page", page_text(page, domain.sections, page_tokens))
+    if any(page.has_text for page in pages):
+        fields["page"] = _delimited("page", page_text(pages, domain.sections, page_tokens))
         user = domain.item.grounded
     else:
         user = domain.item.closed_book
     return Prompt(domain.item.system.format(factors=factors), user.format_map(fields), facts)
 
 
-def page_text(page: Page, sections: Sequence[str], tokens: int) -> str:
-    """Page text within a budget of estimated tokens: the lead, then sections as `sections` orders them.
+def page_text(pages: Sequence[Page], sections: Sequence[str], tokens: int) -> str:
+    """Page text within a budget of estimated tokens: the leads, then sections as `sections` orders them.
 
-    The text that no longer fits is cut at a sentence; what follows it is left out. One line a section, its name first.
+    The text that no longer fits is cut at a sentence; what follows it is left out. One line a lead or section, its name
+    first. Of several pages the leads share the budget, what a short one leaves going to the next, and each begins with
+    its page's title; then the first page's sections come before the second's.
     """
+    pages = [page for page in pages if page.has_text]
+    several = len(pages) > 1
+    leads: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
+    for page in pages:
+        for name, text in page.ordered(sections):
+            named = " - ".join(filter(None, (page.title if several else "", name)))
+            (others if name else leads).append((named, text))
     lines: list[str] = []
-    for name, text in page.ordered(sections):
+    for place, (name, text) in enumerate(leads + others):
         left = tokens - sum(map(estimate_tokens, lines))
         if left < MIN_SECTION_TOKENS:
             break
-        lines.append(cut_to_tokens(f"{name}: {squeeze(text)}" if name else text, left))
+        share = left // (len(leads) - place) if place < len(leads) else left
+        lines.append(cut_to_tokens(f"{name}: {squeeze(text)}" if name else text, max(share, MIN_SECTION_TOKENS)))
     return as_data("\n".join(lines))
 
 

@@ -89,6 +89,7 @@ def read_release(inputs: dict[str, Path]) -> Release:
     tables = {}
     for spec in VIEWS:
         rows = _neighbors(raw[spec.name], spec) if spec.name in neighbors else raw[spec.name]
+        rows = _best_links(rows) if spec.name == ITEM_WIKI_LINK.name else rows
         tables[spec.name] = _conform(rows, spec, id_type, inputs[spec.name])
     event = max(_latest(raw[name], EVENT_TIMESTAMP, inputs[name]) for name in (item, user))
     created = max(_latest(raw[name], CREATED_TIMESTAMP, inputs[name]) for name in (item, user))
@@ -190,6 +191,13 @@ def _conform(table: pa.Table, spec: ViewSpec, id_type: IdType, path: Path) -> pa
         twice = next(row["values"] for row in counts.to_pylist() if row["counts"] > 1)
         raise StoreError(f"{path}: {spec.join_key} {twice!r} appears more than once; a version has one row per id")
     return rows.sort_by(spec.join_key).combine_chunks()
+
+
+def _best_links(links: pa.Table) -> pa.Table:
+    """One row per item, the link with the highest score: an article may mention several pages, a view serves one."""
+    rows = links.sort_by([("item_id", "ascending"), ("link_score", "descending"), ("wiki_page_id", "ascending")])
+    ids = rows.column("item_id").combine_chunks()
+    return rows.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(ids[1:], ids[:-1]).fill_null(True)])) if len(rows) else rows
 
 
 def _neighbors(pairs: pa.Table, spec: ViewSpec) -> pa.Table:

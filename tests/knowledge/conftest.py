@@ -59,6 +59,8 @@ class World:
     events: list[tuple[Any, ...]] = field(default_factory=lambda: list(EVENTS))
     leads: dict[int, str] = field(default_factory=lambda: dict(LEADS))
     titles: dict[int, str] = field(default_factory=dict)
+    more_links: list[tuple[int, int, float]] = field(default_factory=list)
+    """Links besides: item, the item whose page it is, score."""
     id_of: Callable[[int], Any] = int
     id_type: pa.DataType = field(default_factory=pa.int64)
 
@@ -82,6 +84,10 @@ class World:
             if i in self.leads
             else {"item_id": ids(i), "link_score": 0.0, "reason": "no candidate"}
             for i, t, _, _ in FILMS
+        ]
+        links += [
+            {"item_id": ids(i), "wiki_page_id": 100 + j, "wiki_title": "", "link_score": score, "method": "mention"}
+            for i, j, score in self.more_links
         ]
         pages = [
             {

@@ -64,6 +64,18 @@ def test_grounded_where_linked_and_closed_book_otherwise(world, fake) -> None:
     assert prompts["Fargo"].startswith("Introduce the film Fargo (1996)")
 
 
+@pytest.mark.parametrize("score", [0.5, 1.5])
+def test_an_item_is_grounded_on_all_its_pages_the_best_first(world, fake, score: float) -> None:
+    world.more_links = [(1, 4, score)]  # the page of Alien, surer or less sure than its own
+    world.write()
+    report = generate.run(world.context("generate"))
+    (prompt,) = (prompt.user for prompt in fake.asked if prompt.facts.title == "Toy Story")
+    leads = [prompt.index(f"{name}: {name} is a") for name in ("Toy Story", "Alien")]
+    assert leads == sorted(leads, reverse=score > 1)
+    assert report.notes["items_grounded"] == 3
+    assert report.notes["samples"][0]["wiki_title"] == ("Alien" if score > 1 else "Toy Story")
+
+
 def test_an_unfit_answer_falls_back_and_says_so(world, fake) -> None:
     fake.answers = {"Heat": "", "Fargo": "no no no no no no no no no no"}
     ctx = world.context("generate")

@@ -21,7 +21,7 @@ def test_item_with_a_page() -> None:
         "and Val Kilmer. A detective hunts a crew of thieves in Los Angeles.",
         (("Cast", "* Al Pacino as Hanna\n* Jon Voight as Nate"),),
     )
-    facts = item_facts(MOVIES, "Heat (1995)", 1995, ["Action", "Crime", "Thriller"], page)
+    facts = item_facts(MOVIES, "Heat (1995)", 1995, ["Action", "Crime", "Thriller"], [page])
     assert describe_item(facts, 96) == (
         "Heat (1995) is an American crime film (action, thriller) directed by Michael Mann, starring Al Pacino, "
         "Robert De Niro, Val Kilmer and Jon Voight. A detective hunts a crew of thieves in Los Angeles."
@@ -37,13 +37,13 @@ def test_item_without_a_page_year_or_genre() -> None:
 
 def test_a_page_that_tells_no_facts_speaks_for_itself() -> None:
     page = Page("Odd", "Odd is a story about a lamp. It glows.")
-    facts = item_facts(BOOKS, "Odd", 2001, ["Fable"], page)
+    facts = item_facts(BOOKS, "Odd", 2001, ["Fable"], [page])
     assert describe_item(facts, 96) == "Odd (2001) is a fable book. Odd is a story about a lamp. It glows."
 
 
 def test_book_author() -> None:
     page = Page("Emma", "Emma is a novel written by English author Jane Austen. It is set in Surrey.")
-    facts = item_facts(BOOKS, "Emma", 1815, ["Romance"], page)
+    facts = item_facts(BOOKS, "Emma", 1815, ["Romance"], [page])
     assert describe_item(facts, 96) == "Emma (1815) is a romance book by Jane Austen. It is set in Surrey."
 
 

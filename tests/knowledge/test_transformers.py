@@ -30,7 +30,7 @@ def engine() -> TransformersEngine:
 
 def prompt_for(title: str, lead: str) -> Prompt:
     page = Page(title, lead)
-    return item_prompt(MOVIES, item_facts(MOVIES, title, 1995, ["Crime"], page), page, 120)
+    return item_prompt(MOVIES, item_facts(MOVIES, title, 1995, ["Crime"], [page]), [page], 120)
 
 
 def test_grounded_answers_carry_their_page(engine: TransformersEngine) -> None:

@@ -53,6 +53,21 @@ def test_neighbours_are_the_first_twenty_by_rank(tmp_path, make_run, key):
     assert max(len(row["neighbor_ids"]) for row in served) == 20
 
 
+def test_of_several_links_the_surest_is_served(tmp_path, make_run):
+    run = make_run(tmp_path, items=range(1, 5))  # items 1, 2 and 4 are linked, 3 is not
+    links = run.tables["link", "links.parquet"]
+    more = pa.Table.from_pylist(
+        [
+            {"item_id": item, "wiki_page_id": page, "wiki_title": "More", "link_score": score, "method": "mention"}
+            for item, page, score in [(1, 9, 0.4), (4, 8, 1.0), (4, 7, 1.0), (1, 8, 0.6)]
+        ],
+        schema=links.schema,
+    )
+    schemas.write_table(pa.concat_tables([more, links]), tmp_path / "link" / "links.parquet", schemas.LINKS)
+    rows = release_of(run).tables["item_wiki_link"].to_pylist()
+    assert [(row["item_id"], row["wiki_page_id"]) for row in rows] == [(1, 1001), (2, 1002), (3, None), (4, 7)]
+
+
 def test_pairs_may_be_a_spark_folder_and_may_be_empty(tmp_path, make_run):
     run = make_run(tmp_path)
     pairs = run.tables["swing", "item_pairs.parquet"]

@@ -14,6 +14,7 @@ import pyarrow as pa
 from kellm_spark.evidence import split_title, title_kind
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.naming import compact, item_names, key, parts, serial_key, unowned
+from kellm_spark.tables import aliases
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -71,7 +72,7 @@ def with_candidates(items: DataFrame, pages: DataFrame, options: LinkOptions) ->
     wanted = items.mapInArrow(
         _item_rows(options), f"item_id {id_type}, how string, name string, key string, hook string"
     )
-    found = with_aliases(pages).mapInArrow(_page_rows(options), _FOUND_SQL)
+    found = _own_pages(pages).mapInArrow(_page_rows(options), _FOUND_SQL)
     longest = sf.greatest(sf.length("key"), sf.length("found_key"))
     # Only a fuzzy match has keys that may differ; the lengths alone rule most pairs out.
     close_enough = options.min_similarity - 1e-9  # one edit in ten letters is 0.9, give or take a rounding
@@ -89,21 +90,10 @@ def with_candidates(items: DataFrame, pages: DataFrame, options: LinkOptions) ->
     return items.join(matches, "item_id", "left")
 
 
-def with_aliases(pages: DataFrame) -> DataFrame:
+def _own_pages(pages: DataFrame) -> DataFrame:
     """Pages that are no redirect, each with the titles that lead to it (`aliases`, null where there are none)."""
     from pyspark.sql import functions as sf
 
-    # A redirect to a redirect is a slip that bots mend: one more step is followed, no further.
-    leads = pages.where("redirect_to is not null").select(
-        sf.col("wiki_title").alias("alias"), redirect_target(sf.col("redirect_to")).alias("target")
-    )
-    second = leads.select(sf.col("alias").alias("target"), sf.col("target").alias("further"))
-    aliases = (
-        leads.join(second, "target", "left")
-        .select(sf.coalesce("further", "target").alias("wiki_title"), "alias")
-        .groupBy("wiki_title")
-        .agg(sf.collect_set("alias").alias("aliases"))
-    )
     own = pages.where("redirect_to is null").select(
         "wiki_page_id",
         "wiki_title",
@@ -113,14 +103,7 @@ def with_aliases(pages: DataFrame) -> DataFrame:
         "year",
         sf.substring("lead", 1, LEAD_LENGTH).alias("lead"),
     )
-    return own.join(aliases, "wiki_title", "left")
-
-
-def redirect_target(redirect_to: Any) -> Any:
-    """The title in a redirect: without the section, underscores as blanks. Column to column."""
-    from pyspark.sql import functions as sf
-
-    return sf.regexp_replace(sf.split(redirect_to, "#")[0], "_", " ")
+    return own.join(aliases(pages), "wiki_title", "left")
 
 
 def linkable_titles(items: DataFrame, titles: DataFrame, *, domain: str = "movies") -> DataFrame:

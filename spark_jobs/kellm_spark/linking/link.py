@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kellm_features.errors import DataError, SchemaError
 from kellm_features.schemas import PAGES
 from kellm_spark.linking.decision import decisions
 from kellm_spark.linking.edit_similarity import edit_similarity_links
 from kellm_spark.linking.hooks import with_candidates
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.linking.overrides import override_links
+from kellm_spark.mentions import link_mentions
+from kellm_spark.tables import check_columns, check_items
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -26,7 +27,7 @@ def link_items(
     Where no page fits, the first of these may, if it is alone and the year is right: a name that only one side gives a
     subtitle, a series or an owner; a name cut short; a misspelt one (key of 6 characters or more, equal numerals); and
     a long name whose year is a few off. Pages of another kind and disambiguation pages are never linked; two pages
-    that fit equally well are "ambiguous". `docs/wikipedia.md` has the rules with examples.
+    that fit equally well are "ambiguous". `docs/linking.md` has the rules with examples.
 
     The items of `articles` are linked to all pages that their titles mention (`mentions.link_mentions`).
 
@@ -50,7 +51,8 @@ def link_items(
     from pyspark.sql import functions as sf
 
     options = options or LinkOptions()
-    _check(items, pages)
+    check_columns(pages, "pages", [name for name in PAGES.names if name not in ("sections", "categories")])
+    check_items(items, ("item_id", "title", "year"))
     told = sf.regexp_extract("title", r"\((1[89]\d\d|20\d\d)\)\s*$", 1)  # a year that the catalogue left in the title
     year = sf.coalesce(sf.col("year"), sf.when(told != "", told)).cast("int")
     items = items.select("item_id", "title", year.alias("year"))
@@ -64,8 +66,6 @@ def link_items(
 
 def _links(items: DataFrame, pages: DataFrame, options: LinkOptions) -> DataFrame:
     if options.domain == "articles":
-        from kellm_spark.mentions import link_mentions
-
         return link_mentions(items, pages, max_links=options.max_links)
     if options.method == "edit-similarity":
         return edit_similarity_links(items, pages, options.kinds)
@@ -75,35 +75,3 @@ def _links(items: DataFrame, pages: DataFrame, options: LinkOptions) -> DataFram
         f"item_id {id_type}, wiki_page_id bigint, wiki_title string, link_score double, method string, "
         "runner_up string, reason string",
     )
-
-
-def _check(items: DataFrame, pages: DataFrame) -> None:
-    from pyspark.sql import functions as sf
-
-    needed = {
-        "items": (items, ("item_id", "title", "year")),
-        "pages": (
-            pages,
-            tuple(name for name in PAGES.names if name not in ("sections", "categories")),
-        ),
-    }
-    for table, (frame, columns) in needed.items():
-        missing = [name for name in columns if name not in frame.columns]
-        if missing:
-            raise SchemaError(
-                f"{table}: column {', '.join(map(repr, missing))} is missing; seen: {', '.join(frame.columns)}"
-            )
-    seen = items.agg(
-        sf.count("*").alias("rows"),
-        sf.count_distinct("item_id").alias("ids"),
-        sf.count_if(sf.col("item_id").isNull()).alias("no_id"),
-        sf.count_if(sf.col("title").isNull()).alias("no_title"),
-    ).first()
-    assert seen is not None
-    if seen["no_id"] or seen["no_title"]:
-        raise DataError(
-            f"items: {seen['no_id']:,} rows without item_id and {seen['no_title']:,} without title, of "
-            f"{seen['rows']:,}; every item needs both"
-        )
-    if seen["ids"] != seen["rows"]:
-        raise DataError(f"items: {seen['rows']:,} rows hold {seen['ids']:,} different item_id; each may stand once")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kellm_features.errors import DataError
 from kellm_features.overrides import NO_PAGE, read_overrides
-from kellm_spark.linking.hooks import redirect_target
+from kellm_spark.tables import redirects
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -48,17 +48,18 @@ def override_links(items: DataFrame, pages: DataFrame, overrides: DataFrame, *, 
     twice = several.where("size(pages) > 1").orderBy("item_id").first() if one_page else None
     if twice is not None:
         raise DataError(f"overrides: item {twice['item_id']} has {' and '.join(twice['pages'])}; one page is accepted")
-    by_page = sf.when(sf.col("redirect_to").isNull(), sf.col("wiki_title"))
     wanted = decided.where(sf.col("page") != NO_PAGE).select("page").distinct()
-    named = pages.select(
-        sf.explode(sf.array(sf.col("wiki_page_id").cast("string"), sf.col("wiki_title"))).alias("page"),
-        sf.coalesce(by_page, redirect_target(sf.col("redirect_to"))).alias("wiki_title"),
-        (sf.col("wiki_title") == sf.col("page")).alias("by_title"),
-    ).where(~(sf.col("by_title") & sf.col("page").rlike(r"^\d+$")))
-    targets = pages.where("redirect_to is null").select("wiki_title", "wiki_page_id")
-    known = (
-        named.join(wanted, "page", "left_semi").join(targets, "wiki_title").select("page", "wiki_page_id", "wiki_title")
+    own = pages.where("redirect_to is null").select("wiki_title", "wiki_page_id")
+    titles = (
+        own.select(sf.col("wiki_title").alias("page"), "wiki_title")
+        .union(redirects(pages))
+        .where(~sf.col("page").rlike(r"^\d+$"))
     )
+    by_id = pages.select(sf.col("wiki_page_id").cast("string").alias("page"), sf.col("wiki_title").alias("alias"))
+    named = titles.union(
+        by_id.join(redirects(pages), "alias", "left").select("page", sf.coalesce("wiki_title", "alias"))
+    )
+    known = named.join(wanted, "page", "left_semi").join(own, "wiki_title").select("page", "wiki_page_id", "wiki_title")
     unknown = [row.page for row in wanted.join(known, "page", "left_anti").orderBy("page").limit(_SHOWN).collect()]
     if unknown:
         raise DataError(
