@@ -27,7 +27,7 @@ NEEDED_MEMORY_GIB = 6.0
 
 EXTRAS = {
     "feast": ("feast", "duckdb", "pandas"),
-    "spark": ("pyspark", "numba", "lxml"),
+    "spark": ("pyspark", "numba", "lxml", "rapidfuzz", "pyahocorasick"),
     "train": ("torch", "safetensors"),
     "encode": ("sentence-transformers", "transformers"),
     "llm": ("accelerate", "gguf"),
