@@ -71,7 +71,15 @@ def _options(
 
 def main() -> None:
     """Run the command line; a `KellmError` ends in one line and exit code 2."""
-    for commands in ("doctor", "fetch", "init", "run", "swing"):  # each registers its commands with `app`
+    for commands in (
+        "doctor",
+        "fetch",
+        "init",
+        "link",
+        "run",
+        "swing",
+        "wiki",
+    ):  # each registers its commands with `app`
         import_module(f"kellm_features.cli.{commands}")
     debug = "--debug" in sys.argv
     try:

@@ -30,6 +30,23 @@ def settings_from(config: Path | None, overrides: list[str] | None) -> Settings:
     return load_settings(config, overrides or ())
 
 
+def given_options(ctx: typer.Context, *names: str) -> list[str]:
+    """The options of a command that its caller gave, as written on the command line.
+
+    Args:
+        ctx: of the command.
+        names: parameters to look at; none: all but those that every stage has.
+    """
+    told = []
+    for option in ctx.command.params:
+        name = option.name or ""
+        source = ctx.get_parameter_source(name)
+        wanted = name in names if names else name not in ("out", "config", "overrides")
+        if wanted and source is not None and source.name != "DEFAULT":
+            told.append(option.opts[0])
+    return told
+
+
 @app.command()
 def run(
     out: OutOption = Path("runs/default"),
@@ -112,10 +129,8 @@ def run_stage(name: str, settings: Settings, out: Path) -> None:
     stdout.print(show.stage_table(outcomes))
 
 
-STAGE_HELP = {  # `swing` has options of its own: cli/swing.py
+STAGE_HELP = {  # `swing` and `wiki` have options of their own: cli/swing.py, cli/wiki.py
     "ingest": "Read interactions, catalogue and users; label; split.",
-    "wiki": "Read a MediaWiki dump into a table of pages, on Spark.",
-    "link": "Link items to Wikipedia pages, or abstain and say why, on Spark.",
     "generate": "Write a description per item and a profile per user.",
     "encode": "Encode descriptions and profiles with a sentence encoder.",
     "train": "Train the adapters jointly with the backbone on CTR and SWING pairs.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from kellm_features.errors import DataError
 from kellm_features.resources import mini_wiki_dump
 from kellm_features.schemas import LINKS, PAGES, PAIRS, TableSchema
 from kellm_features.settings import Settings
 from kellm_features.stages import StageContext, StageReport
-from kellm_spark.dump import read_dump
-from kellm_spark.linking import link_items
-from kellm_spark.session import data_errors, follow, get_session
+from kellm_spark.dump.files import find_parts
+from kellm_spark.dump.job import write_run
+from kellm_spark.linking import LinkOptions, link_items, overrides_frame
+from kellm_spark.linking.job import link_counts
+from kellm_spark.session import follow, get_session
 from kellm_spark.storage import write_sorted
 from kellm_spark.swing import Side, SwingOptions, plan_swing, swing_parameters
 from kellm_spark.swing.job import hubness, no_pair
@@ -80,61 +82,53 @@ def run_swing(ctx: StageContext) -> StageReport:
 
 def run_wiki(ctx: StageContext) -> StageReport:
     """The dump's articles and redirects: `pages.parquet` (`schemas.PAGES`)."""
-    from pyspark.sql import Observation
-
     spark = get_session(ctx.settings.spark)
-    path = ctx.files["dump"]
-    seen = Observation("dump")
-    out = ctx.out / "pages.parquet"
-    with data_errors():
-        pages = read_dump(spark, path, seen)
-        rows = _write(pages, out, PAGES, ["wiki_page_id"], most_rows=0)
-    total, other = int(seen.get["pages"]), int(seen.get["other_namespaces"])
-    if not rows:
-        raise DataError(
-            f"{path} holds {total:,} pages and none of them is an article (namespace 0): take a pages-articles dump"
-        )
-    told = ds.dataset(out, format="parquet").to_table(["redirect_to", "is_disambiguation", "evidence", "year"])
-    notes = {
-        "dump": path.name,
-        "redirects": rows - told["redirect_to"].null_count,
-        "disambiguations": pc.sum(told["is_disambiguation"]).as_py(),
-        "dated": rows - told["year"].null_count,
-        "evidence": _counts(pc.list_flatten(told["evidence"])),
-    }
-    return StageReport(total, rows, {"other namespaces": other} if other else {}, notes=notes)
+    out, parsed = ctx.out / "pages.parquet", ctx.work / "parsed"
+    shutil.rmtree(parsed, ignore_errors=True)  # of a run that was killed
+    try:
+        parts = [str(path) for path in ctx.files.values()]
+        told, written = write_run(spark, parts, str(parsed), str(out), ctx.settings.wiki.lead_only)
+    finally:
+        shutil.rmtree(parsed, ignore_errors=True)
+    PAGES.check(ds.dataset(out, format="parquet").schema, str(out))
+    names = [path.name for path in ctx.files.values()]
+    notes = {"dump": names[0] if len(names) == 1 else names, **written}
+    return StageReport(told.pages, notes.pop("rows"), told.dropped, notes=notes)
 
 
 def run_link(ctx: StageContext) -> StageReport:
-    """Each item's page, or why it has none: `links.parquet` (`schemas.LINKS`)."""
+    """Each item's page, or why it has none: `links.parquet` (`schemas.LINKS`); of articles, each page of an item."""
     settings = ctx.settings.link
     spark = get_session(ctx.settings.spark)
     items = spark.read.parquet(str(ctx.input("ingest", "items.parquet")))
     pages = spark.read.parquet(str(ctx.input("wiki", "pages.parquet")))
-    links = link_items(
-        items,
-        pages,
+    options = LinkOptions(
         domain=settings.domain,
+        method=settings.method,
         year_tolerance=settings.year_tolerance,
         min_similarity=settings.min_similarity,
+        max_links=settings.max_links,
     )
+    overrides = overrides_frame(spark, ctx.files["overrides"]) if "overrides" in ctx.files else None
     out = ctx.out / "links.parquet"
-    rows = _write(links, out, LINKS, ["item_id"], most_rows=0)
-    told = ds.dataset(out, format="parquet").to_table(["method", "reason"])
-    linked = rows - told["method"].null_count
-    logger.info("link: %d of %d items have a page", linked, rows)
-    notes = {
-        "linked": linked,
-        "coverage": linked / rows if rows else 0.0,
-        "methods": _counts(told["method"]),
-        "reasons": _counts(told["reason"]),
-    }
-    return StageReport(rows, rows, notes=notes)
+    rows = _write(link_items(items, pages, options, overrides), out, LINKS, ["item_id", "wiki_page_id"], most_rows=0)
+    told = link_counts(spark.read.parquet(str(out)))
+    logger.info("link: %d of %d items have a page", told["linked"], told["items"])
+    return StageReport(told["items"], rows, notes=told)
+
+
+def link_files(settings: Settings) -> dict[str, Path]:
+    """The decisions of a person, where there are any."""
+    return {"overrides": settings.link.overrides} if settings.link.overrides else {}
 
 
 def wiki_files(settings: Settings) -> dict[str, Path]:
-    """The dump that `wiki` reads: the one set, or the sample Wikipedia."""
-    return {"dump": settings.wiki.dump or mini_wiki_dump()}
+    """The files of the dump that `wiki` reads: those set, or the sample Wikipedia."""
+    dump = settings.wiki.dump
+    if dump is None:
+        return {"dump": mini_wiki_dump()}
+    parts = find_parts([dump] if isinstance(dump, Path) else dump)
+    return {"dump" if len(parts) == 1 else f"dump {n}": Path(part) for n, part in enumerate(parts, 1)}
 
 
 def _counts(values: pa.ChunkedArray) -> dict[str, int]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 CSV = (".csv", ".csv.gz", ".csv.bz2")
+MANIFEST = "_manifest.json"
+"""What a job says of the rows beside it: the underscore keeps it out of the table."""
 ROWS_PER_FILE = 4_000_000
 """A file of pairs of this size is about 40 MB."""
 SAME_BYTES = {"parquet.writer.version": "v2", "parquet.enable.dictionary": "false"}
@@ -18,7 +20,7 @@ SAME_BYTES = {"parquet.writer.version": "v2", "parquet.enable.dictionary": "fals
 process: these leave one encoding a column. (Delta encoding makes sorted ids smaller than a dictionary does.)"""
 
 
-def read_table(session: SparkSession, path: str, ids: tuple[str, ...] = ()) -> DataFrame:
+def read_table(session: SparkSession, path: str, ids: tuple[str, ...] = (), separator: str = ",") -> DataFrame:
     """A Parquet file or folder, or a CSV file with a header.
 
     Args:
@@ -26,20 +28,22 @@ def read_table(session: SparkSession, path: str, ids: tuple[str, ...] = ()) -> D
         path: wherever Spark can read.
         ids: columns of a CSV file that stay strings unless every value is an integer as integers are written: 007 and
             7 are two ids.
+        separator: between the fields of a CSV file.
     """
     from pyspark.sql import functions as sf
     from pyspark.sql import types as st
 
     if not path.lower().endswith(CSV):
         return session.read.parquet(path)
-    guessed = session.read.csv(path, header=True, inferSchema=True)
+    reader = session.read.options(header=True, sep=separator, escape='"')  # a quote inside quotes is doubled
+    guessed = reader.csv(path, inferSchema=True)
     names = [name for name in ids if name in guessed.columns]
     if not names:
         return guessed
     schema = st.StructType(
         [st.StructField(f.name, st.StringType() if f.name in names else f.dataType) for f in guessed.schema.fields]
     )
-    frame = session.read.csv(path, header=True, schema=schema)
+    frame = reader.csv(path, schema=schema, inferSchema=False)
     told = frame.agg(*(sf.min(sf.col(name).rlike(r"^(0|-?[1-9]\d{0,17})$")).alias(name) for name in names)).first()
     assert told is not None
     return frame.withColumns({name: sf.col(name).cast("bigint") for name in names if told[name]})

@@ -16,9 +16,9 @@ import pytest
 
 from kellm_features.errors import ConfigError, DataError
 from kellm_features.settings import SparkSettings
-from kellm_spark.storage import Folder
+from kellm_spark.storage import MANIFEST, Folder
 from kellm_spark.swing import PRESETS, SwingOptions
-from kellm_spark.swing.job import MANIFEST, SwingJob, run_swing_job
+from kellm_spark.swing.job import SwingJob, run_swing_job
 
 from .oracle import assert_same, brute_force, graph, in_order, top
 
