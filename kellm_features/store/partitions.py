@@ -197,7 +197,9 @@ def _best_links(links: pa.Table) -> pa.Table:
     """One row per item, the link with the highest score: an article may mention several pages, a view serves one."""
     rows = links.sort_by([("item_id", "ascending"), ("link_score", "descending"), ("wiki_page_id", "ascending")])
     ids = rows.column("item_id").combine_chunks()
-    return rows.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(ids[1:], ids[:-1]).fill_null(True)])) if len(rows) else rows
+    if not len(rows):
+        return rows
+    return rows.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(ids[1:], ids[:-1]).fill_null(True)]))
 
 
 def _neighbors(pairs: pa.Table, spec: ViewSpec) -> pa.Table:

@@ -6,6 +6,7 @@ The words are those of the English Wikipedia; a page of another edition simply c
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from kellm_spark.wikitext import Article, first_year, infobox
 
@@ -124,11 +125,23 @@ def kinds_of(article: Article, title: str) -> list[str]:
     named = title_kind(title)
     kinds = [named] if named else []
     if box:
-        subject = _INFOBOX_WORD.sub("", box.name) or box.name
-        kinds += [kind for kind, words in _INFOBOX_KINDS if words.match(subject)][:1]
-    heads = {_AFTER_HEAD.sub("", name) for name in article.categories}
-    kinds += [kind for kind, words in _CATEGORY_KINDS if any(words.search(head) for head in heads)]
+        kinds += _infobox_kinds(box.name)
+    of_categories = {kind for name in article.categories for kind in _category_kinds(name)}
+    kinds += [kind for kind, _ in _CATEGORY_KINDS if kind in of_categories]
     return list(dict.fromkeys(kinds))
+
+
+@lru_cache(maxsize=1 << 12)
+def _infobox_kinds(name: str) -> tuple[str, ...]:
+    subject = _INFOBOX_WORD.sub("", name) or name
+    return tuple(kind for kind, words in _INFOBOX_KINDS if words.match(subject))[:1]
+
+
+@lru_cache(maxsize=1 << 16)
+def _category_kinds(name: str) -> frozenset[str]:
+    """What a category holds; a few of them are on most pages."""
+    head = _AFTER_HEAD.sub("", name)
+    return frozenset(kind for kind, words in _CATEGORY_KINDS if words.search(head))
 
 
 def title_kind(title: str) -> str | None:

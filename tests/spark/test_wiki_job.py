@@ -18,7 +18,7 @@ from kellm_features.schemas import PAGES as SCHEMA
 from kellm_features.settings import Settings, SparkSettings
 from kellm_spark.dump import read_streams
 from kellm_spark.dump import reading as reading_module
-from kellm_spark.dump.job import MANIFEST, WikiJob, run_wiki_job
+from kellm_spark.dump.job import WikiJob, run_wiki_job
 from kellm_spark.session import data_errors
 from kellm_spark.stages import wiki_files
 

@@ -18,16 +18,15 @@ from kellm_spark.dump.reading import parse_dump, split_parts
 from kellm_spark.dump.tally import Tally, tally
 from kellm_spark.dump.wanted import parse_wanted
 from kellm_spark.session import data_errors, follow, get_session, spark_reason
-from kellm_spark.storage import SAME_BYTES, Folder
+from kellm_spark.storage import MANIFEST, SAME_BYTES, Folder
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
     from kellm_features.settings import SparkSettings
 
-MANIFEST = "_manifest.json"
-XML_PER_FILE = 4 << 30
-"""Bytes of XML whose rows make one file, of 250 to 500 MB: a full enwiki becomes about 25 files."""
+XML_PER_FILE = 1 << 30
+"""Bytes of XML whose rows make one file, of 60 to 120 MB: a full enwiki becomes about 100 files."""
 XML_OF_BZ2 = 4
 """Bytes of XML in a byte of bz2, roughly."""
 

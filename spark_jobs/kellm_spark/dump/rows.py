@@ -31,6 +31,8 @@ PARSED_DDL = (
     "lead string, sections array<struct<name: string, text: string>>, categories array<string>, "
     "evidence array<string>, year int, namespace int, templates array<string>, skipped string, xml_bytes bigint"
 )
+_PAGE_ID, _NAMESPACE = re.compile(r"\d{1,18}"), re.compile(r"-?\d{1,9}")
+_DISAMBIGUATOR = re.compile(r" \([^()]*\)$")
 _BATCH_ROWS, _BATCH_BYTES = 512, 4 << 20
 # The template of a disambiguation page, or of a list of namesakes, in the largest editions: for a piece of a dump
 # that came without its templates (`disambiguation.py` asks the templates themselves).
@@ -73,10 +75,10 @@ class Rows:
             return _skipped(element, NOT_XML)
         parts = {child.tag: child for child in page}  # of several revisions the last
         title, page_id = _text(parts.get("title")), _text(parts.get("id")).strip()
-        if not title or not re.fullmatch(r"\d{1,18}", page_id):
+        if not title or not _PAGE_ID.fullmatch(page_id):
             return _skipped(element, NO_ID)
         told = _text(parts.get("ns")).strip()
-        namespace = int(told) if re.fullmatch(r"-?\d{1,9}", told) else _namespace_of(title, self._names)
+        namespace = int(told) if _NAMESPACE.fullmatch(told) else _namespace_of(title, self._names)
         redirect = parts.get("redirect")
         row = _empty(len(element)) | {
             "wiki_page_id": int(page_id),
@@ -175,7 +177,7 @@ def _display_title(article: Article, title: str) -> str | None:
     for key in ("name", "title", "film name"):
         shown = plain_text(box.fields[key]).partition("\n")[0].strip() if box and key in box.fields else ""
         if shown:
-            return shown if shown not in (title, re.sub(r" \([^()]*\)$", "", title)) else None
+            return shown if shown not in (title, _DISAMBIGUATOR.sub("", title)) else None
     return None
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from kellm_spark.wikitext.flat import MAGIC, flat
+from kellm_spark.wikitext.flat import MAGIC, flat, is_quiet
 from kellm_spark.wikitext.links import Names, without_links
 from kellm_spark.wikitext.marks import GAP, HEADING, unguarded, without_marks
 from kellm_spark.wikitext.sections import is_address_list, is_skipped
@@ -39,6 +40,8 @@ class Article:
 
 def plain_text(wikitext: str, names: Names | None = None) -> str:
     """What a reader sees of a piece of wikitext, headings as plain lines."""
+    if is_quiet(wikitext):
+        return wikitext.rstrip()
     text = without_tables(without_templates(without_tags(_clean(wikitext))))
     return flat(_with_plain_headings(without_links(text, names or Names()), marked=False))
 
@@ -71,7 +74,7 @@ def parse_article(wikitext: str, names: Names | None = None, *, sections: bool =
             if body:
                 found.append((name, body))
         name, start = flat(without_links(title, names)), end
-    categories = [flat(category.replace("_", " ")) for category in names.category_links.findall(text)]
+    categories = [_category(category) for category in names.category_links.findall(text)]
     return Article(
         lead=lead,
         sections=found,
@@ -83,7 +86,12 @@ def parse_article(wikitext: str, names: Names | None = None, *, sections: bool =
 
 def infobox(article: Article) -> Template | None:
     """The first infobox of a page, if it has one, under the names that the larger editions give it."""
-    return next((template for template in article.templates if _INFOBOX.search(template.name)), None)
+    return next((template for template in article.templates if _is_infobox(template.name)), None)
+
+
+@lru_cache(maxsize=1 << 12)
+def _is_infobox(name: str) -> bool:
+    return _INFOBOX.search(name) is not None
 
 
 def first_year(wikitext: str) -> int | None:
@@ -96,6 +104,12 @@ def texts(fields: Iterable[str], template: Template | None) -> dict[str, str]:
     """The named fields of a template as plain text, empty ones left out."""
     found = {name: plain_text(template.fields[name]) for name in fields if template and name in template.fields}
     return {name: value for name, value in found.items() if value}
+
+
+@lru_cache(maxsize=1 << 16)
+def _category(link: str) -> str:
+    """The name in a link to a category; a few of them are on most pages."""
+    return flat(link.replace("_", " "))
 
 
 def _clean(wikitext: str) -> str:

@@ -20,6 +20,8 @@ _LIST_MARK = re.compile(r"\n(?:[*#:;]+[ \t]*|-{4,})")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _CONVERSION = re.compile(r"-\{([^{}]*+)\}-")
 _LINES = re.compile(r"\n{3,}")
+_QUIET = re.compile(r"[^\W_][^_\[\]{}<>|&=~*#\n\r\t\u00a0\ue000-\uf8ff]*")
+_SHORT = 200
 # Around a gap: "(GAP; GAP)", "(GAP, text", "text; GAP)", "word GAP, text". A run is short, and taken as a whole.
 _GAP_RUN = re.compile(rf"[ \t\u00a0,;:/–—(){GAP}]*+")
 _SEPARATORS = rf"[ \t\u00a0,;:{GAP}]"
@@ -36,6 +38,8 @@ def flat(text: str, headings: bool = False) -> str:
         text: the text.
         headings: it holds lines that start with HEADING marks; those with nothing below them are left out.
     """
+    if is_quiet(text):
+        return text.rstrip()
     text = "\n" + text
     if "[" in text:
         text = _EXTERNAL.sub(lambda link: link[1] or GAP, text)
@@ -57,6 +61,11 @@ def flat(text: str, headings: bool = False) -> str:
     if "&" in text:
         text = without_marks(_ENTITY.sub(lambda entity: html.unescape(entity[0]), text))
     return _spaced(text)
+
+
+def is_quiet(text: str) -> bool:
+    """Whether a short text is one line that no markup can be in, as most titles, categories and names are."""
+    return len(text) < _SHORT and _QUIET.fullmatch(text) is not None and "''" not in text and "  " not in text
 
 
 def _spaced(text: str) -> str:
