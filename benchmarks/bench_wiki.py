@@ -5,13 +5,13 @@ python benchmarks/bench_wiki.py memory --dump DUMP --copies 1 4 16
 python benchmarks/bench_wiki.py indexed --dump DUMP --catalogue PATH
 
 DUMP is a multistream dump; `--copies N` makes one bz2 file of its pages N times, renumbered. Every measured run is a
-process of its own on local[2] that writes Parquet. `wall_s` and `cpu_s` are of its whole tree from start to end;
-`work_s` and `work_cpu_s` begin with the session up. `mb_s` is MB of XML over `work_s`.
+process of its own on local[2]. `wall_s` and `cpu_s` are of its whole tree from start to end; `work_s` and
+`work_cpu_s` begin with the session up. `mb_s` is MB of XML over `work_s`.
 
 xml_source: Spark's own reader, told the schema, into title, ns, id, redirect and text; with Java's full compiler,
-which it likes better than our sessions' settings. ours_columns: our reader into the same columns. ours_lead, ours:
-`kellm wiki`, that is the above and wikitext to plain text (of leads; of all), categories, evidence, years,
-disambiguation, checks, sorting.
+which it likes better than our sessions' settings. ours_columns: our reader into the same columns. ours_lead,
+ours_rows: our reader, with wikitext turned to plain text (of leads; of all), categories, evidence and years. These
+four hand their rows to Spark's `noop` sink. ours: `kellm wiki`, which also counts, resolves, sorts and writes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FIELDS = {
     "memory": ["dataset", "copies", "xml_mb", "bz2_mb", "pages", "impl", "mb_s", *COSTS, "rows_out"],
     "indexed": ["dataset", "impl", "xml_mb_read", "xml_mb", *COSTS, "rows_out"],
 }
-IMPLS = ["xml_source", "ours_columns", "ours_lead", "ours"]
+IMPLS = ["xml_source", "ours_columns", "ours_lead", "ours_rows", "ours"]
 COLUMNS = (
     "title string, ns int, id bigint, redirect struct<_title: string>, revision struct<text: struct<_VALUE: string>>"
 )
@@ -124,6 +124,9 @@ def run(impl: str, dump: Path, out: Path, catalogue: Path | None = None) -> Row:
 
 def one(impl: str, dump: Path, out: Path, catalogue: Path | None) -> Row:
     """One implementation in this process."""
+    from pyspark.sql import Observation
+    from pyspark.sql import functions as sf
+
     from kellm_features.settings import SparkSettings
     from kellm_spark.dump.job import WikiJob, run_wiki_job
     from kellm_spark.session import get_session, stop_session
@@ -134,12 +137,7 @@ def one(impl: str, dump: Path, out: Path, catalogue: Path | None) -> Row:
     session.range(2).count()
     told: Row = {}
     with measure() as usage:
-        if impl == "xml_source":
-            reader = session.read.format("xml").option("rowTag", "page").schema(COLUMNS)
-            reader.load(str(dump)).write.parquet(str(out))
-        elif impl == "ours_columns":
-            ours_columns(session, dump).write.parquet(str(out))
-        else:
+        if impl == "ours":
             items = None
             if catalogue:
                 from kellm_features.cli.catalogue import read_catalogue
@@ -147,11 +145,28 @@ def one(impl: str, dump: Path, out: Path, catalogue: Path | None) -> Row:
                 def items(spark: Any) -> Any:
                     return read_catalogue(spark, str(catalogue))
 
-            job = WikiJob((str(dump),), str(out), lead_only=impl == "ours_lead")
-            told["xml_mb_read"] = run_wiki_job(job, settings, items)["xml_bytes"] / 1e6
-    told["rows_out"] = session.read.parquet(str(out)).count()
+            manifest = run_wiki_job(WikiJob((str(dump),), str(out)), settings, items)
+            told = {"xml_mb_read": manifest["xml_bytes"] / 1e6, "rows_out": manifest["rows"]}
+        else:
+            seen = Observation("rows")
+            rows = read(impl, session, dump).observe(seen, sf.count("*").alias("rows"))
+            rows.write.format("noop").mode("overwrite").save()
+            told = {"rows_out": seen.get["rows"]}
     stop_session()
     return told | {"work_s": usage.seconds, "work_cpu_s": usage.cpu_seconds}
+
+
+def read(impl: str, session: Any, dump: Path) -> Any:
+    """The rows of a reader."""
+    from kellm_spark.dump.check import check_parts
+    from kellm_spark.dump.reading import parse_dump, split_parts
+
+    if impl == "xml_source":
+        return session.read.format("xml").option("rowTag", "page").schema(COLUMNS).load(str(dump))
+    if impl == "ours_columns":
+        return ours_columns(session, dump)
+    parts = [str(dump)]
+    return parse_dump(session, split_parts(parts), check_parts(parts), lead_only=impl == "ours_lead")
 
 
 def ours_columns(session: Any, dump: Path) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kellm_features.cli.app import app, stdout
-from kellm_features.cli.run import ConfigOption, SetOption, run_stage, settings_from
+from kellm_features.cli.run import ConfigOption, SetOption, given_options, run_stage, settings_from
 from kellm_features.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def wiki(
         list[str] | None,
         typer.Option(help="Read only the pages that these items could link to, by the multistream index; repeatable."),
     ] = None,
-    domain: Annotated[str, typer.Option(help="What the catalogue's items are.")] = "movies",
+    domain: Annotated[
+        Literal["movies", "television", "books", "music", "games"],
+        typer.Option(help="What the catalogue's items are; articles mention pages of all names and need them all."),
+    ] = "movies",
     index: Annotated[
         str | None, typer.Option(help="Multistream index. Default: the one beside each dump, by Wikimedia's names.")
     ] = None,
@@ -45,17 +48,15 @@ def wiki(
 ) -> None:
     """A MediaWiki dump into a table of pages, on Spark: a stage of a run; or of any dump with --dump."""
     settings = settings_from(config, overrides)
-    given = [name for name in ctx.params if _given(ctx, name) and name not in ("out", "config", "overrides")]
     if not dump:
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ConfigError(f"{flags}: only with --dump; a stage takes --set wiki.key=value")
+        if given := given_options(ctx):
+            raise ConfigError(f"{', '.join(given)}: only with --dump; a stage takes --set wiki.key=value")
         run_stage("wiki", settings, Path(out))
         return
-    if not _given(ctx, "out"):
+    if not given_options(ctx, "out"):
         raise ConfigError("--dump needs --out (the folder to write)")
-    if not catalogue and (wrong := [name for name in ("index", "domain") if name in given]):
-        raise ConfigError(f"--{wrong[0]}: only with --catalogue, whose items say which pages to read")
+    if not catalogue and (wrong := given_options(ctx, "index", "domain")):
+        raise ConfigError(f"{', '.join(wrong)}: only with --catalogue, whose items say which pages to read")
     from kellm_features.usage import measure
     from kellm_spark.dump.job import WikiJob, run_wiki_job
     from kellm_spark.session import stop_session, submitted
@@ -81,11 +82,6 @@ def _reader(catalogue: list[str]) -> Any:
         return items
 
     return read
-
-
-def _given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:

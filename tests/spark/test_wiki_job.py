@@ -21,6 +21,7 @@ from kellm_spark.dump import reading as reading_module
 from kellm_spark.dump.job import WikiJob, run_wiki_job
 from kellm_spark.session import data_errors
 from kellm_spark.stages import wiki_files
+from kellm_spark.storage import MANIFEST
 
 from .dumps import PAGES, page, write
 

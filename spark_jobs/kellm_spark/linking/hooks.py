@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from kellm_features.errors import ConfigError
 from kellm_spark.evidence import split_title, title_kind
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.naming import compact, item_names, key, parts, serial_key, unowned
@@ -115,12 +116,17 @@ def linkable_titles(items: DataFrame, titles: DataFrame, *, domain: str = "movie
     Args:
         items: item_id, title, year.
         titles: wiki_title of every page and redirect.
-        domain: as of `link_items`.
+        domain: as of `link_items`, but for articles.
 
     Returns:
         wiki_title, each once, in no particular order.
+
+    Raises:
+        ConfigError: an unknown domain, or articles, whose titles mention pages anywhere in them.
     """
     options = LinkOptions(domain=domain)
+    if not options.kinds:
+        raise ConfigError(f"{domain} mention pages anywhere in their titles: read the dump whole, without a catalogue")
     items = items.select("item_id", "title", "year")
     id_type = dict(items.dtypes)["item_id"]
     wanted = items.mapInArrow(
