@@ -137,13 +137,28 @@ def test_namespaces_go_by_their_local_names() -> None:
     assert parse_article("[[Category:Films]]", names).categories == ["Films"]
 
 
-def test_the_lead_alone_with_everything_else_the_same() -> None:
-    """`sections=False` is what a run over a whole dump asks for: nothing but the sections may differ."""
-    for source in (PAGE, PAGE.replace("== Plot ==", "{{quote|\n== no heading ==\n}}\n== Plot =="), "no heading"):
-        whole, lead = parse_article(source), parse_article(source, sections=False)
-        assert lead.sections == []
-        assert (lead.lead, lead.categories, lead.magic_words) == (whole.lead, whole.categories, whole.magic_words)
-        assert [(t.name, t.fields) for t in lead.templates] == [(t.name, t.fields) for t in whole.templates]
+@pytest.mark.parametrize(
+    "source",
+    [
+        PAGE,
+        "no heading",
+        PAGE.replace("== Plot ==", "{{quote|\n== no heading ==\n}}\n== Plot =="),
+        PAGE.replace("== Plot ==", "<!--\n== no heading ==\n-->\n== Plot =="),
+        PAGE.replace("== Plot ==", "<gallery>\n== no heading ==\n</gallery>\n== Plot =="),
+        PAGE.replace("== Plot ==", "{|\n== no heading ==\n|}\n== Plot =="),
+        "Lead.\n=== Deep ===\nLead.\n== Plot ==\n<!-- [[Category:Not]] {{not}} -->\n[[Category:Yes]]{{Yes|{{Inner}}}}",
+    ],
+)
+def test_the_lead_alone(source: str) -> None:
+    """`sections=False` is what a run over a whole dump asks for: the lead and what tells pages apart stay the same."""
+    whole, lead = parse_article(source), parse_article(source, sections=False)
+    assert lead.sections == []
+    assert (lead.lead, lead.categories, lead.magic_words) == (whole.lead, whole.categories, whole.magic_words)
+    names = [template.name for template in whole.templates]
+    assert [t.name for t in lead.templates if t.name in names] == names
+    assert {t.name for t in lead.templates} - set(names) <= {"inner"}  # below the lead, inner ones are named too
+    told, kept = infobox(whole), infobox(lead)
+    assert (told and told.fields) == (kept and kept.fields)
 
 
 def test_sections_that_say_nothing_are_left_out_in_any_language() -> None:

@@ -16,6 +16,14 @@ from kellm_spark.wikitext.tags import without_tags
 from kellm_spark.wikitext.templates import Template, without_templates
 
 _HEADING_LINE = re.compile(r"\n=[^\n]*")
+_SECTION = re.compile(r"^={1,2}[^=\n][^\n]*=", re.MULTILINE)
+_TABLE_BEGINS = re.compile(r"^[ \t:*]*\{\|", re.MULTILINE)
+_TABLE_ENDS = re.compile(r"^[ \t]*\|\}(?!\})", re.MULTILINE)
+_CONTENT_TAGS = "nowiki|pre|ref|math|chem|gallery|timeline|score|syntaxhighlight|source|imagemap|templatedata|poem"
+_TAG_BEGINS = re.compile(rf"<(?:{_CONTENT_TAGS})\b[^<>]*(?<!/)>", re.IGNORECASE)
+_TAG_ENDS = re.compile(rf"</(?:{_CONTENT_TAGS})\s*>", re.IGNORECASE)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_TEMPLATE_NAME = re.compile(r"\{\{\s*+([^{}|\[\]<>\n#:]{1,255}+)")
 _INFOBOX = re.compile(
     r"^(?:info(?:box|boks|bokss|kast|kaste|skreine|taula|caixa|kutija|polje)\b|ficha de |info/|карточка\b|картка\b"
     r"|(?:automatic )?(?:taxobox|taxoboks|speciesbox))|\b(?:infobox|bilgi kutusu)$"
@@ -52,9 +60,13 @@ def parse_article(wikitext: str, names: Names | None = None, *, sections: bool =
     Args:
         wikitext: the page's source, XML entities already resolved.
         names: the wiki's namespace names.
-        sections: False leaves `Article.sections` empty and strips the lead alone; nothing else is different.
+        sections: False leaves `Article.sections` empty and strips the lead alone; of what stands below it, categories,
+            magic words and the names of templates (not their arguments) are found.
     """
     names = names or Names()
+    end_of_lead = None if sections else _end_of_lead(wikitext)
+    if end_of_lead is not None:
+        return _with_what_is_below(parse_article(wikitext[:end_of_lead], names), wikitext[end_of_lead:], names)
     templates: list[Template] = []
     tagless = without_tags(_clean(wikitext))
     text = without_tables(without_templates(tagless, templates))
@@ -81,6 +93,29 @@ def parse_article(wikitext: str, names: Names | None = None, *, sections: bool =
         categories=list(dict.fromkeys(categories)),
         templates=templates,
         magic_words=frozenset(MAGIC.findall(tagless)) if "__" in tagless else frozenset(),
+    )
+
+
+def _end_of_lead(wikitext: str) -> int | None:
+    """Where the first section begins; None where that takes a closer look: a heading inside something else."""
+    heading = _SECTION.search(wikitext)
+    if heading is None:
+        return None
+    lead = wikitext[: heading.start()]
+    closed = all(lead.count(one) == lead.count(other) for one, other in (("{{", "}}"), ("[[", "]]"), ("<!--", "-->")))
+    closed = closed and len(_TABLE_BEGINS.findall(lead)) == len(_TABLE_ENDS.findall(lead))
+    return heading.start() if closed and len(_TAG_BEGINS.findall(lead)) == len(_TAG_ENDS.findall(lead)) else None
+
+
+def _with_what_is_below(lead: Article, below: str, names: Names) -> Article:
+    below = _COMMENT.sub("", below)
+    found = [_category(category) for category in names.category_links.findall(below)]
+    return Article(
+        lead=lead.lead,
+        sections=[],
+        categories=list(dict.fromkeys([*lead.categories, *found])),
+        templates=[*lead.templates, *map(Template, dict.fromkeys(_TEMPLATE_NAME.findall(below)))],
+        magic_words=lead.magic_words | frozenset(MAGIC.findall(below)) if "__" in below else lead.magic_words,
     )
 
 
