@@ -30,6 +30,11 @@ def kellm(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[
             ["ingest", "--set", "data.format=movielens-1m", "--set", "data.path=nowhere"],
             "nowhere/ratings.dat cannot be read",
         ),
+        (["link", "--domain", "books"], "--domain: only with --catalogue; a stage takes --set link.key=value"),
+        (["link", "--catalogue", "items.csv", "--out", "links"], "--catalogue needs --wiki"),
+        (["wiki", "--lead-only"], "--lead-only: only with --dump; a stage takes --set wiki.key=value"),
+        (["wiki", "--dump", "x.xml", "--out", "pages", "--index", "i"], "--index: only with --catalogue"),
+        (["wiki", "--dump", "x.xml", "--out", "pages"], "x.xml cannot be read"),
         (["fetch", "50", "--repo", "nowhere"], "nowhere"),
     ],
 )

@@ -40,9 +40,7 @@ def read_catalogue(session: SparkSession, path: str) -> DataFrame:
 
     local = Path(path)
     if local.suffix == ".dat":
-        if local.name != "movies.dat":
-            raise DataError(f"catalogue {path}: of MovieLens' .dat files movies.dat is the catalogue")
-        frame = read_1m_items(local.parent)[["item_id", "title", "year"]].astype({"item_id": "int64"})
+        frame = read_1m_items(local)[["item_id", "title", "year"]].astype({"item_id": "int64"})
         return session.createDataFrame(
             [(row.item_id, row.title, None if row.year != row.year else int(row.year)) for row in frame.itertuples()],
             "item_id bigint, title string, year int",

@@ -96,9 +96,9 @@ def read_1m(folder: Path) -> RawTables:
     )
 
 
-def read_1m_items(folder: Path) -> pd.DataFrame:
-    """The catalogue of MovieLens-1M."""
-    items = read_separated(folder / "movies.dat", "::", ["item_id", "title", "genres"])
+def read_1m_items(path: Path) -> pd.DataFrame:
+    """The catalogue of MovieLens-1M: `movies.dat`, or the folder that holds it."""
+    items = read_separated(path / "movies.dat" if path.is_dir() else path, "::", ["item_id", "title", "genres"])
     return with_title_and_year(items.assign(genres=[_split_genres(text) for text in items["genres"]]))
 
 

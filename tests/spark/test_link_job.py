@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,19 @@ def test_any_table_with_ids_and_titles(spark, tmp_path: Path, wiki: Path) -> Non
     assert {key: row["wiki_page_id"] for key, row in rows.items()} == {"a": 11, "b": 12}
 
 
+def test_the_command_says_what_it_did(tmp_path: Path, wiki: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title,year\n1,Heat,1995\n2,Heat,1996\n3,Nowhere,1999\n")
+    words = ["link", "--catalogue", "items.csv", "--wiki", "wiki", "--out", "links", "--year-tolerance", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from kellm_features.cli import main; main()", *words],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
+    assert (told["items"], told["linked (33.3 %)"], told["exact"], told["not linked"]) == ("3", "1", "1", "2")
+    assert (told["year mismatch"], told["no candidate"], told["links:"]) == ("1", "1", "links")
+    assert ds.dataset(tmp_path / "links", format="parquet").count_rows() == 3
+
+
 def test_wrong_input_leaves_nothing(spark, tmp_path: Path, wiki: Path) -> None:
     path = tmp_path / "items.csv"
     path.write_text("id,title\n1,Heat\n")
@@ -91,7 +106,8 @@ def test_wrong_input_leaves_nothing(spark, tmp_path: Path, wiki: Path) -> None:
         linked(spark, path, wiki, tmp_path / "out")
     with pytest.raises(DataError, match="cannot be read"):
         linked(spark, tmp_path / "none.parquet", wiki, tmp_path / "out")
-    with pytest.raises(DataError, match=r"movies\.dat is the catalogue"):
+    (tmp_path / "ratings.dat").write_text("1::2::5::978300760\n")
+    with pytest.raises(DataError, match="line 1: 4 fields separated by '::', expected 3"):
         linked(spark, tmp_path / "ratings.dat", wiki, tmp_path / "out")
     path.write_text("item_id,title\n1,Heat\n")
     pd.read_csv(path).to_parquet(tmp_path / "items.parquet")
