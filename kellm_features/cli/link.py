@@ -83,7 +83,7 @@ def link(
 
 
 def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:
-    from kellm_features.cli.show import plain_table
+    from kellm_features.cli.show import add_usage, plain_table
 
     table = plain_table(f"Links of {manifest['domain']}, by {manifest['method']}", ("what", "left"), ("count", "right"))
     table.add_row("items", f"{manifest['items']:,}")
@@ -93,8 +93,5 @@ def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table
     table.add_row("not linked", f"{manifest['items'] - manifest['linked']:,}")
     for reason, count in manifest["reasons"].items():
         table.add_row(f"  {reason}", f"{count:,}")
-    table.add_row("seconds", f"{usage.seconds:,.1f}")
-    if embedded:  # elsewhere Spark's processes are not ours to count
-        table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
-        table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
+    add_usage(table, usage, embedded=embedded)
     return table

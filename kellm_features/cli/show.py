@@ -16,6 +16,7 @@ from kellm_features.stages import stage_spec
 if TYPE_CHECKING:
     from kellm_features.report.neighbours import Neighbour
     from kellm_features.store.fetch import FetchedEmbeddings
+    from kellm_features.usage import Usage
 
 HEAD = 4
 """Components of a vector that are printed."""
@@ -27,6 +28,21 @@ def plain_table(title: str, *columns: tuple[str, JustifyMethod]) -> Table:
     for name, justify in columns:
         table.add_column(name, justify=justify, no_wrap=True)
     return table
+
+
+def add_usage(table: Table, usage: Usage, *, embedded: bool, seconds: str = "seconds") -> None:
+    """Close a job's table with what it cost.
+
+    Args:
+        table: of two columns.
+        usage: measured.
+        embedded: whether Spark ran in this process's tree; elsewhere its processes are not ours to count.
+        seconds: what the time is called.
+    """
+    table.add_row(seconds, f"{usage.seconds:,.1f}")
+    if embedded:
+        table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
+        table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
 
 
 def stage_table(outcomes: list[StageOutcome]) -> Table:

@@ -96,7 +96,7 @@ def swing(
 
 
 def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:
-    from kellm_features.cli.show import plain_table
+    from kellm_features.cli.show import add_usage, plain_table
 
     hubs = manifest["hubness"]
     side = manifest["side"]
@@ -111,8 +111,5 @@ def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table
     table.add_row("pairs", f"{manifest['pairs']:,}")
     table.add_row("different neighbours at rank 1", f"{hubs['distinct_top1']:,}")
     table.add_row(f"  most often {hubs['hub']}", f"{hubs['max_top1']:,}")
-    table.add_row(f"seconds (mode {manifest['mode']})", f"{usage.seconds:,.1f}")
-    if embedded:  # elsewhere Spark's processes are not ours to count
-        table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
-        table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
+    add_usage(table, usage, embedded=embedded, seconds=f"seconds (mode {manifest['mode']})")
     return table

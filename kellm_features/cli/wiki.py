@@ -85,7 +85,7 @@ def _reader(catalogue: list[str]) -> Any:
 
 
 def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table:
-    from kellm_features.cli.show import plain_table
+    from kellm_features.cli.show import add_usage, plain_table
 
     name = manifest["wiki"]["dbname"] or manifest["wiki"]["language"] or "a wiki without a name"
     table = plain_table(f"Pages of {name}", ("what", "left"), ("count", "right"))
@@ -101,9 +101,6 @@ def _summary(manifest: dict[str, Any], usage: Usage, *, embedded: bool) -> Table
         table.add_row(f"  evidence of kind {kind}", f"{count:,}")
     xml_mb = manifest["xml_bytes"] / 1e6
     table.add_row("MB of XML read", f"{xml_mb:,.1f}")
-    table.add_row("seconds", f"{usage.seconds:,.1f}")
     table.add_row("MB of XML a second, Spark's start included", f"{xml_mb / usage.seconds:,.1f}")
-    if embedded:  # elsewhere Spark's processes are not ours to count
-        table.add_row("CPU seconds, all processes", f"{usage.cpu_seconds:,.1f}")
-        table.add_row("peak MiB, all processes", f"{usage.peak_mib:,.0f}")
+    add_usage(table, usage, embedded=embedded)
     return table

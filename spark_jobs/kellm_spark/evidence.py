@@ -90,6 +90,25 @@ _TITLE_KINDS = [
         ("periodical", "magazine|journal|newspaper"),
     )
 ]
+_DEFINITION = re.compile(r"\b(?:is|was|are|were) (?:an?|the|one of the) ([^.;:(]{1,200})")
+_DEFINITION_LENGTH = 400
+_NOUN_ENDS = re.compile(
+    r"[,\u2013\u2014]| (?:of|to|by|from|for|in|on|at|about|with|that|which|who|whose|based|directed|written|produced|"
+    r"starring|created|released|published|composed|performed|recorded|adapted|set|made|and|or) "
+)
+_DEFINING = [
+    (kind, re.compile(rf"\b(?:{words})\b", re.IGNORECASE))
+    for kind, words in (
+        ("film series", "franchise|(?:film|movie) series|trilogy|tetralogy"),
+        ("television", "television|tv|miniseries|sitcom|soap opera"),
+        ("film", "films?|movies?|motion picture|documentary|cartoon|featurette|mockumentary|short subject"),
+        ("book", "novel|novella|book|short story|stage play|play|memoir|poem|comic book|manga|autobiography"),
+        ("song", "song|single"),
+        ("album", "album|soundtrack|mixtape"),
+        ("game", "video game|board game|card game|role-playing game"),
+        ("band", "band|musical group|singer|rapper|musician"),
+    )
+]
 _LIST_TITLE = re.compile(r"^lists? of ", re.IGNORECASE)
 _PARENTHESES = re.compile(r"^(.*?)\s+\(([^()]*)\)$")
 _YEAR = re.compile(r"(?<!\d)(1[5-9]\d\d|20\d\d)(?!\d)")
@@ -166,3 +185,15 @@ def year_of(article: Article, title: str) -> int | None:
             if year:
                 return year
     return min((int(found[1]) for name in article.categories if (found := _YEAR_CATEGORY.match(name))), default=None)
+
+
+def defined_as(lead: str) -> str | None:
+    """The kind that the first sentence gives its subject, in English: "book" for "Emma is a novel by Jane Austen".
+
+    None where it has no such sentence, or one without a word for a kind.
+    """
+    found = _DEFINITION.search(lead, 0, _DEFINITION_LENGTH)
+    if not found:
+        return None
+    noun = _NOUN_ENDS.split(found[1], maxsplit=1)[0]
+    return next((kind for kind, words in _DEFINING if words.search(noun)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kellm_spark.evidence import kinds_of, split_title, title_kind, year_of
+from kellm_spark.evidence import defined_as, kinds_of, split_title, title_kind, year_of
 from kellm_spark.wikitext import Article, parse_article
 
 
@@ -166,3 +166,23 @@ def test_only_parentheses_at_the_end_tell_pages_apart() -> None:
     assert split_title("Casino (1995 film)") == ("Casino", "1995 film")
     assert split_title("(500) Days of Summer") == ("(500) Days of Summer", "")
     assert split_title("Birdman or (The Virtue)") == ("Birdman or", "The Virtue")
+
+
+@pytest.mark.parametrize(
+    ("lead", "kind"),
+    [
+        ("Heat is a 1995 American crime drama film written and directed by Michael Mann.", "film"),
+        ("I'm Not Rappaport is a play by Herb Gardner, made into a film in 1996.", "book"),
+        ("Emma is a novel by Jane Austen, set in the film-like village of Highbury.", "book"),
+        ("Final Destination is an American horror franchise that includes five films.", "film series"),
+        ('"Let It Go" is a song from the film Frozen.', "song"),
+        ("Trio is the soundtrack album of the film.", "album"),
+        ("The Office is an American mockumentary sitcom television series.", "television"),
+        ("Life Is a Long Quiet River is a 1988 French film.", "film"),
+        ("A tall tale is a story with unbelievable elements.", None),
+        ("Das ist ein Roman.", None),
+        ("", None),
+    ],
+)
+def test_what_a_lead_calls_its_subject(lead: str, kind: str | None) -> None:
+    assert defined_as(lead) == kind

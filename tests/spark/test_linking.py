@@ -94,6 +94,7 @@ PAGES = [
     page(69, "Che (2008 film)", year=2008),
     page(71, "The Class (2008 film)", year=2008),
     page(72, "Anguish (1987 film)", year=1987, lead="Anguish (Spanish: Angustia) is a film."),
+    page(73, "I'm Not Rappaport", year=1996, lead="I'm Not Rappaport is a play by Herb Gardner."),
     page(70, "Death at a Funeral Parlour (2010 film)", year=2010),
 ]
 
@@ -165,6 +166,7 @@ CATALOGUE = [
     (70, "Death at a Funeral Parlour", 2007, None, "year mismatch"),  # the remake; its page says that there are two
     (71, "Class, The (Klass)", 2007, None, "year mismatch"),  # a French film of the year after
     (72, "Anguish (Angustia)", 1986, 72, "exact"),
+    (73, "I'm Not Rappaport", 1996, 73, "exact"),
     (65, "Vacation", 1984, None, "year mismatch"),
 ]
 
@@ -198,6 +200,7 @@ def test_scores_tell_how_sure(links) -> None:
     assert links[17].link_score == pytest.approx(0.65)  # the page has no year
     assert links[25].link_score == pytest.approx(0.9)  # a television film
     assert links[12].link_score == pytest.approx(0.9 * (1 - 1 / 13))  # "u s marshalls"
+    assert links[73].link_score == pytest.approx(0.6)  # the page is of the play, and tells of the film
     assert links[16].runner_up == "Ghost (1990 film)"
     assert links[5].runner_up == "Sabrina (1954 film)"
 

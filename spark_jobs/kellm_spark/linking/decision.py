@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kellm_spark.evidence import defined_as
 from kellm_spark.linking.judging import TIERS, Match, Refusal, judge
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.naming import item_names
@@ -22,6 +23,8 @@ _NO_YEAR = 0.65
 """What a match is worth when the year of one side is unknown."""
 _OTHER_KIND = 0.9
 """What the further kinds of a domain are worth: a television film among films."""
+_DEFINED_OTHERWISE = 0.6
+"""What a page is worth that calls itself something else: "I'm Not Rappaport is a play", with its film further down."""
 _TIE = 0.015
 """Two pages whose scores are no further apart are not told apart; less than any difference above makes."""
 _ALONE = ("piece", "prefix", "year")
@@ -85,6 +88,8 @@ def decide(item: dict[str, Any], options: LinkOptions) -> dict[str, Any]:
 def _score(match: Match, method: str, options: LinkOptions) -> float:
     year = _NO_YEAR if match.gap is None else 1 - _YEAR_STEP * match.gap
     kind = 1.0 if match.kind == options.kinds[0] else _OTHER_KIND
+    defined = defined_as(match.lead or "")
+    kind *= 1.0 if defined is None or defined in options.kinds else _DEFINED_OTHERWISE
     return round(_SURENESS[method] * year * kind * match.similarity, 6)
 
 
