@@ -91,6 +91,7 @@ _TITLE_KINDS = [
     )
 ]
 _DEFINITION = re.compile(r"\b(?:is|was|are|were) (?:an?|the|one of the) ([^.;:(]{1,200})")
+_DEFINED_YEAR = re.compile(r"\b(?:is|was|are|were) (?:an?|the) (1[5-9]\d\d|20\d\d) ")
 _DEFINITION_LENGTH = 400
 _NOUN_ENDS = re.compile(
     r"[,\u2013\u2014]| (?:of|to|by|from|for|in|on|at|about|with|that|which|who|whose|based|directed|written|produced|"
@@ -197,3 +198,9 @@ def defined_as(lead: str) -> str | None:
         return None
     noun = _NOUN_ENDS.split(found[1], maxsplit=1)[0]
     return next((kind for kind, words in _DEFINING if words.search(noun)), None)
+
+
+def defined_year(lead: str) -> int | None:
+    """The year in such a sentence: 1957 for "The Seventh Seal is a 1957 Swedish film"."""
+    found = _DEFINED_YEAR.search(lead, 0, _DEFINITION_LENGTH)
+    return int(found[1]) if found else None

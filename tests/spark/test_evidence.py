@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kellm_spark.evidence import defined_as, kinds_of, split_title, title_kind, year_of
+from kellm_spark.evidence import defined_as, defined_year, kinds_of, split_title, title_kind, year_of
 from kellm_spark.wikitext import Article, parse_article
 
 
@@ -186,3 +186,8 @@ def test_only_parentheses_at_the_end_tell_pages_apart() -> None:
 )
 def test_what_a_lead_calls_its_subject(lead: str, kind: str | None) -> None:
     assert defined_as(lead) == kind
+
+
+def test_the_year_in_a_definition() -> None:
+    assert defined_year("The Seventh Seal is a 1957 Swedish historical fantasy film.") == 1957
+    assert defined_year("Heat is a film of 1995.") is None

@@ -94,6 +94,10 @@ PAGES = [
     page(69, "Che (2008 film)", year=2008),
     page(71, "The Class (2008 film)", year=2008),
     page(72, "Anguish (1987 film)", year=1987, lead="Anguish (Spanish: Angustia) is a film."),
+    page(77, "Demon Knight", year=1995, lead="Tales from the Crypt Presents: Demon Knight is a film."),
+    page(74, "The Seventh Seal", None, lead="The Seventh Seal is a 1957 Swedish film by Ingmar Bergman."),
+    page(75, "Singin' in the Rain", None, lead="Singin' in the Rain is a 1952 American musical film."),
+    page(76, "Singin' in the Rain (film)", year=1952),
     page(73, "I'm Not Rappaport", year=1996, lead="I'm Not Rappaport is a play by Herb Gardner."),
     page(70, "Death at a Funeral Parlour (2010 film)", year=2010),
 ]
@@ -166,6 +170,10 @@ CATALOGUE = [
     (70, "Death at a Funeral Parlour", 2007, None, "year mismatch"),  # the remake; its page says that there are two
     (71, "Class, The (Klass)", 2007, None, "year mismatch"),  # a French film of the year after
     (72, "Anguish (Angustia)", 1986, 72, "exact"),
+    (77, "Tales from the Crypt Presents: Demon Knight", 1995, 77, "subtitle"),  # and possessive, at the same score
+    (74, "Seventh Seal, The (Sjunde inseglet, Det)", 1957, 74, "exact"),  # no infobox, no category
+    (75, "Singin' in the Rain", 1952, 76, "exact"),  # those weigh more than a lead
+    (76, "Seventh Seal, The", 1977, None, "year mismatch"),
     (73, "I'm Not Rappaport", 1996, 73, "exact"),
     (65, "Vacation", 1984, None, "year mismatch"),
 ]

@@ -23,6 +23,8 @@ _NO_YEAR = 0.65
 """What a match is worth when the year of one side is unknown."""
 _OTHER_KIND = 0.9
 """What the further kinds of a domain are worth: a television film among films."""
+_BY_LEAD = 0.9
+"""What a page is worth whose kind shows in its first sentence alone."""
 _DEFINED_OTHERWISE = 0.6
 """What a page is worth that calls itself something else: "I'm Not Rappaport is a play", with its film further down."""
 _TIE = 0.015
@@ -70,13 +72,13 @@ def decide(item: dict[str, Any], options: LinkOptions) -> dict[str, Any]:
         if isinstance(judged, Refusal):
             refused.append((judged.distance, match.wiki_page_id, match.wiki_title, judged.reason))
         elif judged is not None:
-            known = fitting[judged.tier].get(match.wiki_page_id)
-            score = _score(match, judged.method, options)
-            if known is None or score > known.score:
-                found = Candidate(score, judged.method, match.wiki_page_id, match.wiki_title)
-                fitting[judged.tier][match.wiki_page_id] = found
+            found = Candidate(
+                _score(match, judged.method, options), judged.method, match.wiki_page_id, match.wiki_title
+            )
+            known = fitting[judged.tier].setdefault(found.page_id, found)
+            fitting[judged.tier][found.page_id] = min(found, known, key=_preference)
     for tier in TIERS:
-        ranked = sorted(fitting[tier].values(), key=lambda c: (-c.score, c.page_id))
+        ranked = sorted(fitting[tier].values(), key=_preference)
         if ranked:
             return _best_of(item, ranked, alone=tier in _ALONE)
     if refused:
@@ -85,9 +87,15 @@ def decide(item: dict[str, Any], options: LinkOptions) -> dict[str, Any]:
     return _row(item, None, None, "no candidate")
 
 
+def _preference(candidate: Candidate) -> tuple[float, int, int]:
+    """Best first, whatever the order in which matches came."""
+    return -candidate.score, list(_SURENESS).index(candidate.method), candidate.page_id
+
+
 def _score(match: Match, method: str, options: LinkOptions) -> float:
     year = _NO_YEAR if match.gap is None else 1 - _YEAR_STEP * match.gap
     kind = 1.0 if match.kind == options.kinds[0] else _OTHER_KIND
+    kind *= _BY_LEAD if match.by_lead else 1.0
     defined = defined_as(match.lead or "")
     kind *= 1.0 if defined is None or defined in options.kinds else _DEFINED_OTHERWISE
     return round(_SURENESS[method] * year * kind * match.similarity, 6)

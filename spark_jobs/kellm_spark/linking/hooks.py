@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from kellm_features.errors import ConfigError
-from kellm_spark.evidence import split_title, title_kind
+from kellm_spark.evidence import defined_as, defined_year, split_title, title_kind
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.naming import compact, item_names, key, parts, serial_key, unowned
 from kellm_spark.tables import aliases
@@ -39,16 +39,16 @@ _FOUND = pa.schema(
     [
         ("page_how", pa.string()), ("found_as", pa.string()), ("found_key", pa.string()), ("hook", pa.string()),
         ("wiki_page_id", pa.int64()), ("wiki_title", pa.string()), ("page_year", pa.int32()), ("kind", pa.string()),
-        ("is_disambiguation", pa.bool_()), ("lead", pa.string()),
+        ("is_disambiguation", pa.bool_()), ("by_lead", pa.bool_()), ("lead", pa.string()),
     ]
 )  # fmt: skip
 _FOUND_SQL = (
     "page_how string, found_as string, found_key string, hook string, wiki_page_id bigint, wiki_title string, "
-    "page_year int, kind string, is_disambiguation boolean, lead string"
+    "page_year int, kind string, is_disambiguation boolean, by_lead boolean, lead string"
 )
 _MATCH = (
     "how", "name", "key", "page_how", "found_as", "found_key", "wiki_page_id", "wiki_title", "page_year", "kind",
-    "is_disambiguation", "lead", "similarity",
+    "is_disambiguation", "by_lead", "lead", "similarity",
 )  # fmt: skip
 
 
@@ -64,8 +64,9 @@ def with_candidates(items: DataFrame, pages: DataFrame, options: LinkOptions) ->
         The items with `candidates`, an array of structs (null where there is none): `how` the item's name was got
         (main, aka; head, tail, rest, serial for a piece; whole for the main name asking for pieces; prefix; fuzzy) with
         name and key; `page_how` the page's (title, display, redirect; head, tail, rest, serial) with found_as and
-        found_key; the page's id, title, year, first kind, whether it is a disambiguation page, and the beginning of its
-        lead where it may be asked; `similarity` in [0, 1] of the keys where `how` is fuzzy, else 1.
+        found_key; the page's id, title, year, first kind; whether it is a disambiguation page; `by_lead`, whether kind
+        and year are its lead's word alone; the beginning of its lead where it may be asked; `similarity` in [0, 1] of
+        the keys where `how` is fuzzy, else 1.
     """
     from pyspark.sql import functions as sf
 
@@ -178,7 +179,7 @@ def page_hooks(page: dict[str, Any], options: LinkOptions) -> Iterator[Hook]:
         page: wiki_title, display_title, aliases (redirects), evidence, year.
         options: kinds of page that count.
     """
-    kind = (page["evidence"] or [None])[0]
+    kind, year, _ = _subject(page)
     title = split_title(page["wiki_title"])[0]
     names = [("title", title), ("title", page["wiki_title"])]
     names += [("title", page["display_title"])] if page["display_title"] else []
@@ -188,13 +189,22 @@ def page_hooks(page: dict[str, Any], options: LinkOptions) -> Iterator[Hook]:
             names.append(("redirect", split_title(alias)[0]))
     for how, name in dict.fromkeys(names):
         yield from _whole_hooks(how, name)
-    if kind in options.kinds and page["year"] is not None:
+    if kind in options.kinds and year is not None:
         for name in dict.fromkeys((title, page["display_title"] or title)):
             yield from _part_hooks(name)
             name_key = key(name)
             if len(name_key) >= MIN_FUZZY_LENGTH:
                 for block in _blocks(name_key):
-                    yield "title", name, name_key, f"{page['year']}:{block}"
+                    yield "title", name, name_key, f"{year}:{block}"
+
+
+def _subject(page: dict[str, Any]) -> tuple[str | None, int | None, bool]:
+    """Kind and year of a page, and whether its lead alone tells them: no title, infobox or category does."""
+    if page["evidence"]:
+        return page["evidence"][0], page["year"], False
+    lead = page["lead"] or ""
+    kind = defined_as(lead)
+    return (kind, defined_year(lead), True) if kind else (None, page["year"], False)
 
 
 def _whole_hooks(how: str, name: str) -> list[Hook]:
@@ -253,10 +263,10 @@ def _page_rows(options: LinkOptions) -> Callable[[Rows], Rows]:
     def parse(batches: Rows) -> Rows:
         for batch in batches:
             found = [
-                (*hook, page["wiki_page_id"], page["wiki_title"], page["year"], kind, bool(page["is_disambiguation"]),
+                (*hook, page["wiki_page_id"], page["wiki_title"], year, kind, bool(page["is_disambiguation"]), by_lead,
                  page["lead"] if kind in options.kinds and hook[3].startswith(_MAY_BE_PART) else None)
                 for page in batch.to_pylist()
-                for kind in [(page["evidence"] or [None])[0]]
+                for kind, year, by_lead in [_subject(page)]
                 for hook in page_hooks(page, options)
             ]  # fmt: skip
             yield _columns(found, _FOUND)

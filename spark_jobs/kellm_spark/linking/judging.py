@@ -38,6 +38,8 @@ class Match:
     page_year: int | None
     kind: str | None
     is_disambiguation: bool
+    by_lead: bool
+    """Kind and year of the page are its lead's word alone."""
     lead: str | None
     similarity: float
 
