@@ -4,7 +4,7 @@ A block of bz2 (up to 900 kB of text) begins with a mark of 48 bits at any bit, 
 begins. Cut out, shifted to a byte and given a head and an end, it is a bz2 file of its own for the C library, which
 checks its CRC. What lies between blocks is checked here, so that no damage passes as an early end.
 
-Hadoop's reader, which Spark would use, splits bz2 too: in Java, at a third of the speed.
+Hadoop's reader, which Spark would use, splits bz2 too, in Java.
 """
 
 from __future__ import annotations
