@@ -32,9 +32,6 @@ def kellm(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[
         ),
         (["link", "--domain", "books"], "--domain: only with --catalogue; a stage takes --set link.key=value"),
         (["link", "--catalogue", "items.csv", "--out", "links"], "--catalogue needs --wiki"),
-        (["wiki", "--lead-only"], "--lead-only: only with --dump; a stage takes --set wiki.key=value"),
-        (["wiki", "--dump", "x.xml", "--out", "pages", "--index", "i"], "--index: only with --catalogue"),
-        (["wiki", "--dump", "x.xml", "--out", "pages"], "x.xml cannot be read"),
         (["fetch", "50", "--repo", "nowhere"], "nowhere"),
     ],
 )

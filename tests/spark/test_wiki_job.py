@@ -258,7 +258,7 @@ def test_the_command(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--dump", "x.xml"], "--dump needs --out"),
-        (["--overwrite", "--lead-only"], "--overwrite, --lead-only: only with --dump"),
+        (["--overwrite", "--lead-only"], "--lead-only, --overwrite: only with --dump"),
         (["--dump", "x.xml", "--out", "y", "--index", "z"], "--index: only with --catalogue"),
         (["--dump", "none.xml", "--out", "y"], "none.xml cannot be read (No such file or directory)"),
     ],
