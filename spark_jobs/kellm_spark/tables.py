@@ -41,6 +41,15 @@ def check_items(items: DataFrame, columns: Sequence[str]) -> int:
     return int(seen["rows"])
 
 
+def links_ddl(items: DataFrame) -> str:
+    """`schemas.LINKS` in Spark's words, item_id being of the items' type."""
+    id_type = dict(items.dtypes)["item_id"]
+    return (
+        f"item_id {id_type}, wiki_page_id bigint, wiki_title string, link_score double, method string, "
+        "runner_up string, reason string"
+    )
+
+
 def check_columns(frame: DataFrame, table: str, columns: Sequence[str]) -> None:
     """Raise SchemaError unless the table has these columns."""
     missing = [name for name in columns if name not in frame.columns]

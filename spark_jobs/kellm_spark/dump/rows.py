@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kellm_features.schemas import PAGES
 from kellm_spark.dump.check import Site, shorten
-from kellm_spark.evidence import kinds_of, year_of
+from kellm_spark.evidence import kinds_of, split_title, year_of
 from kellm_spark.wikitext import Article, Names, Template, infobox, parse_article, plain_text
 
 NOT_UTF8, NOT_XML, NO_ID = "not UTF-8", "not XML", "no title or id"
@@ -32,7 +32,6 @@ PARSED_DDL = (
     "evidence array<string>, year int, namespace int, templates array<string>, skipped string, xml_bytes bigint"
 )
 _PAGE_ID, _NAMESPACE = re.compile(r"\d{1,18}"), re.compile(r"-?\d{1,9}")
-_DISAMBIGUATOR = re.compile(r" \([^()]*\)$")
 _BATCH_ROWS, _BATCH_BYTES = 512, 4 << 20
 # The template of a disambiguation page, or of a list of namesakes, in the largest editions: for a piece of a dump
 # that came without its templates (`disambiguation.py` asks the templates themselves).
@@ -177,7 +176,7 @@ def _display_title(article: Article, title: str) -> str | None:
     for key in ("name", "title", "film name"):
         shown = plain_text(box.fields[key]).partition("\n")[0].strip() if box and key in box.fields else ""
         if shown:
-            return shown if shown not in (title, _DISAMBIGUATOR.sub("", title)) else None
+            return shown if shown not in (title, split_title(title)[0]) else None
     return None
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from kellm_features.errors import DataError
+from kellm_spark.tables import links_ddl
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,11 +50,9 @@ def edit_similarity_links(items: DataFrame, pages: DataFrame, kinds: tuple[str, 
     )
     if not candidates.num_rows:
         raise DataError(f"no page is a {' or '.join(kinds)}: nothing to compare titles with")
-    id_type = dict(items.dtypes)["item_id"]
     return items.select("item_id", "title").mapInArrow(
         _nearest(candidates["wiki_page_id"].to_pylist(), candidates["wiki_title"].to_pylist()),
-        f"item_id {id_type}, wiki_page_id bigint, wiki_title string, link_score double, method string, "
-        "runner_up string, reason string",
+        links_ddl(items),
     )
 
 

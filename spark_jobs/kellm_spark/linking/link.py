@@ -11,7 +11,7 @@ from kellm_spark.linking.hooks import with_candidates
 from kellm_spark.linking.options import LinkOptions
 from kellm_spark.linking.overrides import override_links
 from kellm_spark.mentions import link_mentions
-from kellm_spark.tables import check_columns, check_items
+from kellm_spark.tables import check_columns, check_items, links_ddl
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -69,9 +69,7 @@ def _links(items: DataFrame, pages: DataFrame, options: LinkOptions) -> DataFram
         return link_mentions(items, pages, max_links=options.max_links)
     if options.method == "edit-similarity":
         return edit_similarity_links(items, pages, options.kinds)
-    id_type = dict(items.dtypes)["item_id"]
     return with_candidates(items, pages, options).mapInArrow(
         decisions(options),
-        f"item_id {id_type}, wiki_page_id bigint, wiki_title string, link_score double, method string, "
-        "runner_up string, reason string",
+        links_ddl(items),
     )

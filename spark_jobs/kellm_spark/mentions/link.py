@@ -18,7 +18,7 @@ from kellm_features.schemas import LINKS
 from kellm_spark.evidence import split_title
 from kellm_spark.mentions.meaning import Hit, Name, choose, read
 from kellm_spark.mentions.spelling import Spelled, first_small, has_capital, spell
-from kellm_spark.tables import aliases, check_columns, check_items
+from kellm_spark.tables import aliases, check_columns, check_items, links_ddl
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -113,8 +113,7 @@ def link_mentions(items: DataFrame, pages: DataFrame, *, max_links: int = 5) -> 
     found = hits.groupBy("item_id").agg(sf.collect_list(sf.struct(*_HIT_NAMES)).alias("hits"))
     return items.join(found, "item_id", "left").mapInArrow(
         _decide(max_links),
-        f"item_id {id_type}, wiki_page_id bigint, wiki_title string, link_score double, method string, "
-        "runner_up string, reason string",
+        links_ddl(items),
     )
 
 
