@@ -82,6 +82,7 @@ def test_a_file_that_would_be_lost_on_saving_is_refused(path: Path, content: byt
         read_overrides(path)
 
 
+# Neither node nor a browser comes from a package registry: where one is missing, the rest of the page is still tested.
 @pytest.mark.skipif(NODE is None, reason="node runs the page's script outside of a browser, and is not installed")
 class TestSaving:
     def test_decisions_replace_remove_and_follow(self) -> None:

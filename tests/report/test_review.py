@@ -210,6 +210,7 @@ document.querySelector(".save").click();
 """
 
 
+# A browser comes from no package registry: where none is installed, `test_overrides.py` still runs the script's logic.
 @pytest.mark.skipif(
     BROWSER is None, reason="the page's behaviour shows only in a browser, and no Chromium is installed"
 )

@@ -35,7 +35,7 @@ _HEADLINE_LOWER = 0.25
 
 # Words that name nothing by themselves. Short on purpose: only those that stand in titles of every subject and are,
 # or redirect to, pages (films and songs are called by them). Capital letters, the catalogue's own counts
-# (`mentions.FREQUENT`), and what a page's text says of its name do the rest, in any language.
+# (`link.FREQUENT`), and what a page's text says of its name do the rest, in any language.
 _STOP_WORDS = frozenset(
     # English: articles, pronouns, prepositions, conjunctions, auxiliaries, question words
     "a an the this that these those i me my we us our you your he him his she her it its they them their who whom "
