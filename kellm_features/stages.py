@@ -69,10 +69,10 @@ STAGES: tuple[StageSpec, ...] = (
     StageSpec("export", "kellm_features.training.export:run", ("encode", "train"), ()),
     StageSpec(
         "publish",
-        "kellm_features.store.publish:run",
+        "kellm_features.store.stage:run",
         ("ingest", "swing", "link", "generate", "export"),
         (),
-        check="kellm_features.store.publish:why_stale",
+        check="kellm_features.store.stage:why_stale",
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -76,7 +76,9 @@ def main() -> None:
         "fetch",
         "init",
         "link",
+        "rollout",
         "run",
+        "serve",
         "swing",
         "wiki",
     ):  # each registers its commands with `app`

@@ -129,13 +129,12 @@ def run_stage(name: str, settings: Settings, out: Path) -> None:
     stdout.print(show.stage_table(outcomes))
 
 
-STAGE_HELP = {  # `swing` and `wiki` have options of their own: cli/swing.py, cli/wiki.py
+STAGE_HELP = {  # swing, wiki, link and publish have options of their own, in modules of their own (publish: rollout.py)
     "ingest": "Read interactions, catalogue and users; label; split.",
     "generate": "Write a description per item and a profile per user.",
     "encode": "Encode descriptions and profiles with a sentence encoder.",
     "train": "Train the adapters jointly with the backbone on CTR and SWING pairs.",
     "export": "Adapt all encodings into a new embedding version.",
-    "publish": "Publish the version to the Feast repository and materialize it online.",
 }
 for _name, _help in STAGE_HELP.items():
     app.command(_name, help=_help)(_stage_command(_name))

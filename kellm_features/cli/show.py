@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from kellm_features.stages import stage_spec
 
 if TYPE_CHECKING:
     from kellm_features.report.neighbours import Neighbour
-    from kellm_features.store.fetch import FetchedEmbeddings
+    from kellm_features.store.reader import Embeddings
     from kellm_features.usage import Usage
 
 HEAD = 4
@@ -121,40 +122,42 @@ def _neighbour(near: Neighbour) -> str:
 def fetched_vector(settings: Settings, run_dir: Path) -> RenderableType:
     """One embedding fetched back from the online store, and the code that fetches it."""
     from kellm_features.report.neighbours import best_known_items
-    from kellm_features.store.fetch import fetch_embeddings
+    from kellm_features.store.reader import EmbeddingReader
 
     item_id = best_known_items(run_dir, 1)[0]
-    fetched = fetch_embeddings(settings.store.repo, [item_id])
+    with EmbeddingReader.from_repo(settings.store.repo) as reader:
+        fetched = reader.get([item_id])
     key = repr(item_id)
     code = (
+        "from kellm_features import EmbeddingReader\n\n"
+        f'reader = EmbeddingReader.from_repo("{settings.store.repo}")\n'
+        f"reader.get([{key}]).values  # (1, {fetched.values.shape[1]}) float32\n\n"
         "from feast import FeatureStore\n\n"
         f'store = FeatureStore("{settings.store.repo}")\n'
         f'store.get_online_features(["item_knowledge_embedding:embedding"], [{{"item_id": {key}}}]).to_dict()'
     )
     return Group(
         Text("\nOne embedding, fetched back from the online store", style="italic"),
-        vector_table(fetched),
+        vector_table([item_id], fetched),
         Text("\nThe same in code\n", style="italic"),
         Text(code, no_wrap=True, overflow="ignore"),
         Text(f"\nor:  kellm fetch {item_id} --repo {settings.store.repo}", no_wrap=True, overflow="ignore"),
     )
 
 
-def vector_table(fetched: FetchedEmbeddings) -> Table:
+def vector_table(ids: Sequence[int | str], fetched: Embeddings) -> Table:
     """Ids, found flags, version, age and the first components of fetched embeddings."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    versions = [version for version in fetched.version if version]
-    for name, width in (("id", 4), ("found", 5), ("version", max(map(len, versions), default=7)), ("age", 6)):
+    for name, width in (("id", 4), ("found", 5), ("version", len(fetched.version)), ("age", 6)):
         table.add_column(name, no_wrap=True, min_width=width)
     table.add_column("embedding", no_wrap=True)
-    rows = zip(fetched.ids, fetched.found, fetched.version, fetched.age_s, fetched.values, strict=True)
-    for key, found, version, age_s, vector in rows:
+    for key, found, age_s, vector in zip(ids, fetched.found, fetched.age_s, fetched.values, strict=True):
         if not found:
             table.add_row(str(key), "no", "-", "-", "-")
             continue
         head = " ".join(f"{value:+.4f}" for value in vector[:HEAD])
         more = f" … ({len(vector)})" if len(vector) > HEAD else ""
-        table.add_row(str(key), "yes", str(version), age(float(age_s)), head + more)
+        table.add_row(str(key), "yes", fetched.version, age(float(age_s)), head + more)
     return table
 
 

@@ -1,22 +1,18 @@
 """What the feature views hold and where their rows lie, told without importing Feast.
 
 Every view reads one folder `data/VIEW/` of append-only Parquet partitions, one file per published version. A
-partition is written aside, renamed into place and never changed. `data/published.json`, replaced last, lists the
-partitions that count.
+partition is written aside, renamed into place and never changed. The catalog in the online store (catalog.py) lists
+the versions and names the one that is served.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from kellm_features.errors import StoreError
 
 IdType = Literal["int64", "string"]
 EntityName = Literal["item", "user"]
@@ -24,13 +20,14 @@ Kind = Literal["string", "int64", "float64", "embedding", "ids", "scores"]
 
 EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
+EMBEDDED_AT = "embedded_at"
+"""Feature of the embedding views: the row's `event_timestamp` in whole seconds of Unix time, for on-demand views."""
 IS_DELETED = "is_deleted"
 """Partition column: true on the row that withdraws an id which the version no longer holds."""
 TOP_NEIGHBORS = 20
 """Neighbours served per anchor; the offline SWING pairs keep all of theirs."""
 
 DATA = "data"
-PUBLISHED = "published.json"
 JOIN_KEYS: dict[EntityName, str] = {"item": "item_id", "user": "user_id"}
 
 
@@ -47,6 +44,11 @@ class ViewSpec:
     def join_key(self) -> str:
         """`item_id` or `user_id`."""
         return JOIN_KEYS[self.entity]
+
+    @property
+    def holds_embeddings(self) -> bool:
+        """Whether the view's rows are vectors with a version: what the reader serves and the gates look at."""
+        return self.features == _EMBEDDING
 
     def arrow(self, id_type: IdType) -> pa.Schema:
         """The schema of a partition: join key, features, timestamps, deletion mark."""
@@ -73,6 +75,7 @@ _EMBEDDING: tuple[tuple[str, Kind], ...] = (
     ("embedding_version", "string"),
     ("model_id", "string"),
     ("content_hash", "string"),
+    (EMBEDDED_AT, "int64"),
 )
 _NEIGHBORS: tuple[tuple[str, Kind], ...] = (("neighbor_ids", "ids"), ("scores", "scores"))
 
@@ -127,73 +130,6 @@ USER_NEIGHBORS = ViewSpec(
 ITEM_VIEWS = (ITEM_EMBEDDING, ITEM_DESCRIPTION, ITEM_WIKI_LINK, ITEM_NEIGHBORS)
 USER_VIEWS = (USER_EMBEDDING, USER_NEIGHBORS)
 VIEWS = (*ITEM_VIEWS, *USER_VIEWS)
-
-
-class Partition(BaseModel):
-    """One immutable Parquet file of one view."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str
-    """Path relative to the repository."""
-    rows: int
-    """Ids that the view serves from this partition."""
-    withdrawn: int
-    """Ids of earlier versions that this one does not hold: one null row each."""
-    event: datetime
-    """`event_timestamp` of every row: since when the version holds."""
-    created: datetime
-    """`created_timestamp` of every row."""
-
-
-class Publication(BaseModel):
-    """One publish: a version and the partition that each view serves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: str
-    published_at: datetime
-    dim: int
-    views: dict[str, Partition]
-    finished: bool = True
-    """False where it was killed: some of its rows may have been served."""
-
-    @property
-    def files(self) -> dict[str, str]:
-        """View name -> partition file."""
-        return {name: partition.file for name, partition in self.views.items()}
-
-
-class Published(BaseModel):
-    """`data/published.json`: what this repository serves and served before."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal[1] = 1
-    id_type: IdType
-    stores: list[str]
-    """Local files of registry and online store, relative to the repository."""
-    current: Publication
-    previous: list[Publication]
-    """Newest first."""
-
-
-def read_published(repo: Path) -> Published | None:
-    """What a repository says it serves, or None where nothing was published.
-
-    Raises:
-        StoreError: `published.json` is there and cannot be read.
-    """
-    path = repo / DATA / PUBLISHED
-    try:
-        return Published.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise StoreError(
-            f"{path} is not a record of this version of kellm ({type(error).__name__}): restore it from a backup, or "
-            f"delete {repo / DATA} and publish again"
-        ) from error
 
 
 def write_atomic(path: Path, text: str) -> None:

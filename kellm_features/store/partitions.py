@@ -1,13 +1,16 @@
 """From a run's artefacts to the Parquet partitions of one published version: pure Arrow, no Feast.
 
-Timestamps are what makes stock Feast serve a version: `materialize` and the point-in-time join take, per id, the row
-with the greatest (event_timestamp, created_timestamp). `stamp` therefore keeps those of the export where they are
-newer than what the view serves, and takes the present where they are not, as when an older version is published
-again.
+Timestamps are what orders versions offline: a point-in-time join takes, per id, the row with the greatest
+(event_timestamp, created_timestamp). `stamp` therefore keeps those of the export where they are newer than what was
+published before, and takes the present where they are not.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,6 +24,7 @@ from kellm_features import schemas
 from kellm_features.errors import StoreError
 from kellm_features.store.layout import (
     CREATED_TIMESTAMP,
+    EMBEDDED_AT,
     EVENT_TIMESTAMP,
     IS_DELETED,
     ITEM_DESCRIPTION,
@@ -33,17 +37,18 @@ from kellm_features.store.layout import (
     USER_NEIGHBORS,
     VIEWS,
     IdType,
-    Partition,
     ViewSpec,
 )
 
 VERSION_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 """A version names files, so that nothing else may stand in it."""
+ROW_GROUP = 16_384
+"""Rows of a partition that are held in memory at a time: 25 MB of 384-d vectors."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """The rows of one version, per view, without timestamps and sorted by key."""
+    """The rows of one version, per view, without timestamps and sorted by key. A view may be absent."""
 
     version: str
     id_type: IdType
@@ -54,59 +59,167 @@ class Release:
     tables: dict[str, pa.Table]
 
 
-def read_release(inputs: dict[str, Path]) -> Release:
+SCHEMAS = {
+    ITEM_EMBEDDING.name: schemas.ITEM_EMBEDDINGS,
+    USER_EMBEDDING.name: schemas.USER_EMBEDDINGS,
+    ITEM_DESCRIPTION.name: schemas.ITEM_DESCRIPTIONS,
+    ITEM_WIKI_LINK.name: schemas.LINKS,
+    ITEM_NEIGHBORS.name: schemas.PAIRS,
+    USER_NEIGHBORS.name: schemas.PAIRS,
+}
+"""View -> schema of the artefact that it is made from."""
+_NEIGHBOR_VIEWS = (ITEM_NEIGHBORS.name, USER_NEIGHBORS.name)
+
+
+def read_release(inputs: Mapping[str, Path], version: str | None = None) -> Release:
     """Read and check what the stages made.
 
     Args:
-        inputs: view name -> artefact (`ITEM_EMBEDDINGS`, `USER_EMBEDDINGS`, `ITEM_DESCRIPTIONS`, `LINKS` or `PAIRS`).
+        inputs: view name -> artefact, one of the embedding views at least.
+        version: another name than the one that the embeddings carry.
 
     Raises:
         DataError: an artefact is missing, unreadable or of another schema.
-        StoreError: a table has no rows or duplicate ids, versions or id types differ, a vector is not finite or has
-            another length.
+        StoreError: no embeddings, no such view, a table has no rows or duplicate ids, versions, id types or lengths
+            differ, a vector is not finite, or the version's name is not accepted.
     """
-    item, user = ITEM_EMBEDDING.name, USER_EMBEDDING.name
-    sources = {
-        item: schemas.ITEM_EMBEDDINGS,
-        user: schemas.USER_EMBEDDINGS,
-        ITEM_DESCRIPTION.name: schemas.ITEM_DESCRIPTIONS,
-        ITEM_WIKI_LINK.name: schemas.LINKS,
-        ITEM_NEIGHBORS.name: schemas.PAIRS,
-        USER_NEIGHBORS.name: schemas.PAIRS,
-    }
-    raw = {name: schemas.read_table(inputs[name], schema) for name, schema in sources.items()}
-    id_type = _common_id_type(raw, inputs)
-    versions = {name: _version_of(raw[name], inputs[name]) for name in (item, user)}
-    if versions[item] != versions[user]:
+    unknown = [name for name in inputs if name not in SCHEMAS]
+    vectors = [spec.name for spec in VIEWS if spec.holds_embeddings and spec.name in inputs]
+    if unknown or not vectors:
         raise StoreError(
-            f"{inputs[item]} holds version {versions[item]!r} and {inputs[user]} version {versions[user]!r}: both must "
-            f"come from one export; run  kellm run --from export"
+            f"a version was to be made of {', '.join(inputs) or 'nothing'}: it needs {ITEM_EMBEDDING.name} or "
+            f"{USER_EMBEDDING.name}, and may hold {', '.join(SCHEMAS)}"
         )
-    dims = {name: _dimension_of(raw[name], inputs[name]) for name in (item, user)}
-    if dims[item] != dims[user]:
-        raise StoreError(f"item embeddings have length {dims[item]}, user embeddings {dims[user]}: both must be equal")
-    neighbors = {ITEM_NEIGHBORS.name, USER_NEIGHBORS.name}
+    if version is not None:
+        check_version(version)
+    raw = {name: schemas.read_table(inputs[name], SCHEMAS[name]) for name in SCHEMAS if name in inputs}
+    id_type = _common_id_type(raw, inputs)
+    versions = {name: _version_of(raw[name], inputs[name]) for name in vectors}
+    if len(set(versions.values())) > 1:
+        told = " and ".join(f"{inputs[name]} holds version {versions[name]!r}" for name in vectors)
+        raise StoreError(f"{told}: both must come from one export; run  kellm run --from export")
+    dims = {name: _dimension_of(raw[name], inputs[name]) for name in vectors}
+    if len(set(dims.values())) > 1:
+        told = " and ".join(f"{name} has length {dims[name]}" for name in vectors)
+        raise StoreError(f"{told}: both must be equal; run  kellm run --from train")
+    event = max(_latest(raw[name], EVENT_TIMESTAMP, inputs[name]) for name in vectors)
+    created = max(_latest(raw[name], CREATED_TIMESTAMP, inputs[name]) for name in vectors)
+    name = version or versions[vectors[0]]
     tables = {}
     for spec in VIEWS:
-        rows = _neighbors(raw[spec.name], spec) if spec.name in neighbors else raw[spec.name]
+        if spec.name not in raw:
+            continue
+        rows = raw.pop(spec.name)  # tables of vectors are large: the raw one goes as soon as it can
+        rows = _neighbors(rows, spec) if spec.name in _NEIGHBOR_VIEWS else rows
         rows = _best_links(rows) if spec.name == ITEM_WIKI_LINK.name else rows
+        if version is not None and spec.holds_embeddings:
+            place = rows.schema.get_field_index("embedding_version")
+            rows = rows.set_column(place, rows.schema.field(place), pa.repeat(pa.scalar(name), len(rows)))
         tables[spec.name] = _conform(rows, spec, id_type, inputs[spec.name])
-    event = max(_latest(raw[name], EVENT_TIMESTAMP, inputs[name]) for name in (item, user))
-    created = max(_latest(raw[name], CREATED_TIMESTAMP, inputs[name]) for name in (item, user))
-    return Release(versions[item], id_type, dims[item], event, created, tables)
+    return Release(name, id_type, dims[vectors[0]], event, created, tables)
 
 
-def live_rows(path: Path, spec: ViewSpec) -> pa.Table:
-    """The rows that a partition serves, without timestamps and without those that withdraw an id."""
-    table = pq.read_table(path)
-    return table.filter(pc.invert(table.column(IS_DELETED))).select([spec.join_key, *(n for n, _ in spec.features)])
+def check_version(name: str) -> None:
+    """Refuse a version's name that could not name a file.
+
+    Raises:
+        StoreError: it holds something other than letters, digits, '.', '_' and '-'.
+    """
+    if not re.fullmatch(VERSION_PATTERN, name):
+        raise StoreError(
+            f"the version's name is {name!r}; accepted: up to 100 letters, digits, '.', '_' and '-', beginning with a "
+            f"letter or digit"
+        )
 
 
-def stamp(release: Release, previous: Partition | None, now: datetime) -> tuple[datetime, datetime]:
-    """The (event, created) timestamps of a new partition: always greater than the ones that the view serves."""
-    if previous is None or (release.event, release.created) > (previous.event, previous.created):
+def content_hash(rows: pa.Table) -> str:
+    """SHA-256 of a view's rows: equal rows in equal order have equal hashes under one version of Arrow."""
+    sha = hashlib.sha256()
+    with pa.ipc.new_stream(pa.PythonFile(_HashSink(sha), mode="w"), rows.schema.remove_metadata()) as stream:
+        for batch in rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
+            stream.write_batch(batch)
+    return sha.hexdigest()
+
+
+class _HashSink:
+    """A file that only hashes what is written to it."""
+
+    closed = False
+
+    def __init__(self, sha: hashlib._Hash) -> None:
+        self._sha = sha
+        self._size = 0
+
+    def write(self, data: bytes) -> int:
+        self._sha.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def live_batches(path: Path, spec: ViewSpec) -> Iterator[pa.RecordBatch]:
+    """The rows that a partition serves, without timestamps and without those that withdraw an id, in pieces."""
+    names = [spec.join_key, *(name for name, _ in spec.features)]
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROW_GROUP, columns=[*names, IS_DELETED]):
+            live = batch.filter(pc.invert(batch.column(IS_DELETED)))
+            if len(live):
+                yield live.select(names)
+
+
+def same_rows(path: Path, spec: ViewSpec, rows: pa.Table) -> bool:
+    """Whether a partition serves just these rows. For content hashes of another version of Arrow."""
+    start = 0
+    for batch in live_batches(path, spec):
+        live = pa.table(batch).select(rows.column_names)
+        if not live.cast(rows.schema).equals(rows.slice(start, len(live))):
+            return False
+        start += len(live)
+    return start == len(rows)
+
+
+def stamp(release: Release, previous: Iterable[tuple[datetime, datetime]], now: datetime) -> tuple[datetime, datetime]:
+    """The (event, created) timestamps of a new partition: always greater than those of the ones before it."""
+    latest = max(previous, default=None)
+    if latest is None or (release.event, release.created) > latest:
         return release.event, release.created
-    return max(now, previous.event + timedelta(microseconds=1)), max(now, previous.created)
+    return max(now, latest[0] + timedelta(microseconds=1)), max(now, latest[1])
+
+
+def withdrawn_ids(partitions: Iterable[Path], spec: ViewSpec, rows: pa.Table) -> pa.Array:
+    """Ids in any of the partitions that the rows lack."""
+    type_ = rows.schema.field(spec.join_key).type
+    keys = [pq.read_table(path, columns=[spec.join_key]).column(0).cast(type_) for path in partitions]
+    known = pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], type_))
+    return known.filter(pc.invert(pc.is_in(known, value_set=rows.column(spec.join_key))))
+
+
+def write_partition(table: pa.Table, path: Path) -> None:
+    """Write a partition aside and rename it into place, on disk for good.
+
+    Vectors are not compressed: they are noise to a compressor, which would take most of the time.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pq.ParquetWriter(
+            aside, table.schema, compression=_compression(table.schema), use_dictionary=_dictionaries(table.schema)
+        ) as writer:
+            writer.write_table(table, row_group_size=ROW_GROUP)
+        with aside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def build_partition(
@@ -117,17 +230,24 @@ def build_partition(
     The null row is what makes stock Feast, which only ever upserts, stop serving a vector of an older version.
     """
     schema = spec.arrow(id_type)
-    gone = {name: pa.nulls(len(withdrawn), schema.field(name).type) for name, _ in spec.features}
-    features = pa.concat_tables([rows, pa.table({spec.join_key: withdrawn, **gone}, schema=rows.schema)])
+    gone = {
+        name: pa.nulls(len(withdrawn), field.type) for name, field in zip(rows.schema.names, rows.schema, strict=True)
+    }
+    gone[spec.join_key] = withdrawn
+    features = pa.concat_tables([rows, pa.table(gone, schema=rows.schema)])
     count = len(features)
     event, created = (pa.repeat(pa.scalar(value, pa.timestamp("us", tz="UTC")), count) for value in stamps)
     deleted = pa.array(np.arange(count) >= len(rows))
     columns = {name: features.column(name) for name in features.column_names}
     columns |= {EVENT_TIMESTAMP: event, CREATED_TIMESTAMP: created, IS_DELETED: deleted}
-    return pa.table(columns, schema=schema).sort_by(spec.join_key)
+    if EMBEDDED_AT in schema.names:
+        seconds = pa.array(np.full(count, int(stamps[0].timestamp()), dtype=np.int64))
+        columns[EMBEDDED_AT] = pc.if_else(deleted, pa.scalar(None, pa.int64()), seconds)
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    return table.sort_by(spec.join_key) if len(withdrawn) else table  # the rows are sorted already
 
 
-def _common_id_type(raw: dict[str, pa.Table], inputs: dict[str, Path]) -> IdType:
+def _common_id_type(raw: dict[str, pa.Table], inputs: Mapping[str, Path]) -> IdType:
     seen: dict[str, Path] = {}
     for name, table in raw.items():
         for key in {*JOIN_KEYS.values(), "anchor_id", "neighbor_id"}.intersection(table.column_names):
@@ -146,13 +266,22 @@ def _version_of(table: pa.Table, path: Path) -> str:
         raise StoreError(f"{path} holds no rows: there is nothing to publish")
     if len(versions) > 1 or versions[0] is None:
         raise StoreError(f"{path} holds the versions {versions[:3]!r}: one table is one version")
-    matches = pc.match_substring_regex(pa.array(versions), f"^(?:{VERSION_PATTERN})$")
-    if not matches[0].as_py():
-        raise StoreError(
-            f"{path}: embedding_version is {versions[0]!r}; accepted: up to 100 letters, digits, '.', '_' and '-', "
-            f"beginning with a letter or digit"
-        )
+    check_version(str(versions[0]))
     return str(versions[0])
+
+
+def _compression(schema: pa.Schema) -> dict[str, str]:
+    return {_leaf(field): "none" if field.name == "embedding" else "zstd" for field in schema}
+
+
+def _dictionaries(schema: pa.Schema) -> list[str]:
+    """Columns with repeated values. A column of vectors or scores would only be hashed for nothing."""
+    return [_leaf(field) for field in schema if not pa.types.is_list(field.type)]
+
+
+def _leaf(field: pa.Field) -> str:
+    """The path of a column's values in Parquet's own naming."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 def _latest(table: pa.Table, column: str, path: Path) -> datetime:
@@ -181,7 +310,7 @@ def _dimension_of(table: pa.Table, path: Path) -> int:
 def _conform(table: pa.Table, spec: ViewSpec, id_type: IdType, path: Path) -> pa.Table:
     """The view's columns in their types, sorted by a key that is unique."""
     target = spec.arrow(id_type)
-    names = [spec.join_key, *(name for name, _ in spec.features)]
+    names = [spec.join_key, *(name for name, _ in spec.features if name != EMBEDDED_AT)]
     rows = table.select(names).cast(pa.schema([target.field(name).with_nullable(True) for name in names]))
     keys = rows.column(spec.join_key)
     if keys.null_count:
@@ -190,7 +319,10 @@ def _conform(table: pa.Table, spec: ViewSpec, id_type: IdType, path: Path) -> pa
         counts = keys.value_counts()
         twice = next(row["values"] for row in counts.to_pylist() if row["counts"] > 1)
         raise StoreError(f"{path}: {spec.join_key} {twice!r} appears more than once; a version has one row per id")
-    return rows.sort_by(spec.join_key).combine_chunks()
+    ordered = keys.combine_chunks()
+    if not pc.all(pc.less(ordered[:-1], ordered[1:])).as_py() and len(rows) > 1:
+        rows = rows.sort_by(spec.join_key)
+    return rows
 
 
 def _best_links(links: pa.Table) -> pa.Table:

@@ -1,170 +1,77 @@
-"""The stage "publish": a version becomes immutable partitions and is served.
+"""Writing a version into a repository and its online store, beside what is served.
 
-Order, so that a kill at any moment is completed by the next run: journal the new partitions, rename them into place,
-apply the repository's definitions, materialize, replace `data/published.json`, drop the journal.
+Order, so that a kill at any moment leaves the active version alone and is completed by the next publish: the
+definitions are applied; the catalog notes the version as being written, with the names of all its parts; partitions
+are written aside and renamed into place; rows are written into namespaces of their own; the catalog notes the
+version as published. Promoting it is another step (rollout.py).
 
-Stock Feast materializes in place, row by row: while it runs, a request may see two versions. Ids that the new
-version lacks are withdrawn by null rows (`partitions.build_partition`), so that none of an older version stays.
+Every step looks for what an earlier attempt left and does only the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
-import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kellm_features.artifacts import Artifact
-from kellm_features.errors import MissingExtraError, StoreError
+from kellm_features.errors import StoreError
 from kellm_features.progress import track
-from kellm_features.settings import Settings
-from kellm_features.stages import StageContext, StageReport
-from kellm_features.store.layout import (
-    DATA,
-    ITEM_DESCRIPTION,
-    ITEM_EMBEDDING,
-    ITEM_NEIGHBORS,
-    ITEM_WIKI_LINK,
-    PUBLISHED,
-    USER_EMBEDDING,
-    USER_NEIGHBORS,
-    VIEWS,
-    Partition,
-    Publication,
-    Published,
-    ViewSpec,
-    read_published,
-    write_atomic,
+from kellm_features.store.backends import Namespace, OnlineBackend, open_backend, update
+from kellm_features.store.catalog import Catalog, Layout, Version, ViewVersion, utc_now
+from kellm_features.store.definitions import Applied, apply_definitions
+from kellm_features.store.layout import CREATED_TIMESTAMP, DATA, EVENT_TIMESTAMP, VIEWS, ViewSpec
+from kellm_features.store.partitions import (
+    Release,
+    build_partition,
+    content_hash,
+    live_batches,
+    same_rows,
+    stamp,
+    withdrawn_ids,
+    write_partition,
 )
-from kellm_features.store.partitions import Release, build_partition, live_rows, read_release, stamp
+from kellm_features.store.repo import FEAST_YAML, OnlineConfig, read_online_config
 from kellm_features.store.scaffold import write_feature_repo
 
 logger = logging.getLogger(__name__)
-
 LOCK = ".publish.lock"
-JOURNAL = ".publishing.json"
-STAGING = ".staging"
-FEAST_YAML = "feature_store.yaml"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+SPECS = {spec.name: spec for spec in VIEWS}
 
 
-class _NotAppliedError(StoreError):
-    """Feast refused the definitions: nothing of the new version can have been served."""
-
-
-INPUTS = {
-    ITEM_EMBEDDING.name: ("export", "item_embeddings.parquet"),
-    USER_EMBEDDING.name: ("export", "user_embeddings.parquet"),
-    ITEM_DESCRIPTION.name: ("generate", "item_descriptions.parquet"),
-    ITEM_WIKI_LINK.name: ("link", "links.parquet"),
-    ITEM_NEIGHBORS.name: ("swing", "item_pairs.parquet"),
-    USER_NEIGHBORS.name: ("swing", "user_pairs.parquet"),
-}
-
-
-def run(ctx: StageContext) -> StageReport:
-    """Publish the run's embeddings, descriptions, links and neighbours into `settings.store.repo`.
-
-    Returns:
-        rows_in and rows_out count items and users with an embedding; the notes hold version, partitions, rows and
-        withdrawn ids per view, and the repository's path. `published.json` in the stage's folder is a copy.
+def publish_release(repo: Path, release: Release) -> Version:
+    """Write a release into a repository; what is served stays. Publishing a version again repairs it.
 
     Raises:
         StoreError: another publish is running, the folder is no Feast repository, its ids are of another type, the
-            version was published with other embeddings, or Feast refused.
-        MissingExtraError: Feast is not installed.
+            version was published with other rows, Feast refused the definitions, or the online store failed.
+        MissingExtraError: Feast or the store's client is not installed.
     """
-    if importlib.util.find_spec("feast") is None:
-        raise MissingExtraError("feast", "feast", "publishing embeddings")
-    repo = ctx.settings.store.repo.resolve()
-    release = read_release({view: ctx.input(*source) for view, source in INPUTS.items()})
-    published = publish(repo, release)
-    write_atomic(ctx.out / PUBLISHED, published.model_dump_json(indent=2) + "\n")
-    current = published.current
-    embeddings = sum(current.views[spec.name].rows for spec in (ITEM_EMBEDDING, USER_EMBEDDING))
-    return StageReport(
-        rows_in=embeddings,
-        rows_out=embeddings,
-        notes={
-            "version": current.version,
-            "repo": str(repo),
-            "rows": {name: partition.rows for name, partition in current.views.items()},
-            "withdrawn": {name: partition.withdrawn for name, partition in current.views.items()},
-            "partitions": current.files,
-        },
-    )
-
-
-def why_stale(settings: Settings, artifact: Artifact) -> str | None:
-    """Why the repository no longer serves what this artefact published, or None where it does.
-
-    Reads `published.json` and looks for files; imports no Feast.
-    """
-    repo = settings.store.repo.resolve()
-    version, partitions = artifact.manifest.notes.get("version"), artifact.manifest.notes.get("partitions")
-    try:
-        published = read_published(repo)
-    except StoreError as error:
-        return str(error)
-    if published is None:
-        return f"nothing is published in {repo}"
-    if published.current.version != version:
-        return f"{repo} serves version {published.current.version} now, this run made {version}"
-    if published.current.files != partitions:
-        return f"{repo} was published to since, from another run"
-    for name in (FEAST_YAML, *published.stores, *published.current.files.values()):
-        if not (repo / name).exists():
-            return f"{repo / name} is gone"
-    return None
-
-
-def publish(repo: Path, release: Release) -> Published:
-    """Write a release into a repository and serve it. Publishing what is served already repairs the online store.
-
-    Raises:
-        StoreError: see `run`.
-    """
-    with _sole_publisher(repo) as lock:
+    with sole_publisher(repo):
         if not (repo / FEAST_YAML).exists():
             write_feature_repo(repo, id_type=release.id_type)
-        before = read_published(repo)
-        unfinished = _read_journal(repo)
-        _check(repo, release, before)
-        views = _write_partitions(repo, release, before.current if before else None, unfinished)
+        config = read_online_config(repo)
+        backend = open_backend(config)
         try:
-            stores = _serve(repo, release, views, lock)
-        except _NotAppliedError:
-            _undo(repo, views, before.current if before else None, unfinished)
-            raise
-        current = Publication(version=release.version, published_at=datetime.now(UTC), dim=release.dim, views=views)
-        previous = [before.current, *before.previous] if before else []
-        if unfinished and unfinished.views != views:
-            previous.insert(0, unfinished)
-        elif before and (before.current.version, before.current.views) == (current.version, current.views):
-            current, previous = before.current, before.previous
-        after = Published(id_type=release.id_type, stores=stores, current=current, previous=previous)
-        write_atomic(repo / DATA / PUBLISHED, after.model_dump_json(indent=2) + "\n")
-        (repo / DATA / JOURNAL).unlink(missing_ok=True)
-    logger.info("published version %s into %s", release.version, repo)
-    return after
+            with backend.lease():
+                return _publish(repo, config, backend, release)
+        finally:
+            backend.close()
 
 
 @contextlib.contextmanager
-def _sole_publisher(repo: Path) -> Iterator[IO[str]]:
-    """Hold the repository's lock; the kernel drops it when this process ends, however it ends."""
+def sole_publisher(repo: Path) -> Iterator[None]:
+    """Hold the repository's lock; the kernel drops it when this process ends, however it ends.
+
+    Raises:
+        StoreError: another process holds it, or the folder is no place for a repository.
+    """
     if repo.is_dir() and not (repo / FEAST_YAML).exists() and any(path.name != DATA for path in repo.iterdir()):
         raise StoreError(
             f"{repo} is not empty and holds no {FEAST_YAML}: set store.repo to a Feast repository or to a folder that "
@@ -189,169 +96,177 @@ def _sole_publisher(repo: Path) -> Iterator[IO[str]]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         handle.flush()
-        yield handle
+        yield
 
 
-def _read_journal(repo: Path) -> Publication | None:
-    """What a killed publish had written: the views whose partitions came into place."""
-    journal = repo / DATA / JOURNAL
-    if not journal.exists():
-        return None
-    try:
-        unfinished = Publication.model_validate_json(journal.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{journal} is not readable ({error}): delete it and publish again") from error
-    logger.warning("version %s was not published to its end", unfinished.version)
-    there = {name: partition for name, partition in unfinished.views.items() if (repo / partition.file).exists()}
-    return unfinished.model_copy(update={"views": there})
+def online_namespace(project: str, version: Version, view: str) -> Namespace:
+    """Where a version's rows of a view lie online."""
+    held = version.views[view]
+    return Namespace(project, SPECS[view], held.number, version.id_type, held.layout, held.dim)
 
 
-def _check(repo: Path, release: Release, before: Published | None) -> None:
-    """Refuse another id type, and other embeddings under a version's name: a version never changes."""
-    if before is None:
-        return
-    if before.id_type != release.id_type:
-        raise StoreError(
-            f"{repo} holds versions with {before.id_type} ids and this run has {release.id_type} ids: set store.repo "
-            f"to another folder"
-        )
-    for publication in (before.current, *before.previous):
-        for name in publication.files.values():
-            if not (repo / name).exists():
-                raise StoreError(
-                    f"{repo / name} is gone although it was published: restore it, or delete {repo / DATA}"
-                )
-    known = next((p for p in (before.current, *before.previous) if p.finished and p.version == release.version), None)
-    for spec in (ITEM_EMBEDDING, USER_EMBEDDING) if known else ():
-        assert known is not None
-        if not _same_rows(repo / known.files[spec.name], spec, release):
+def _publish(repo: Path, config: OnlineConfig, backend: OnlineBackend, release: Release) -> Version:
+    catalog = backend.catalog()
+    for held in catalog.versions:
+        if held.id_type != release.id_type:
             raise StoreError(
-                f"version {release.version!r} was published into {repo} on {known.published_at:%Y-%m-%d %H:%M} with "
-                f"other {spec.name} rows, and a version never changes: run  kellm run --from export  for a new one"
+                f"{config.where} holds versions with {held.id_type} ids and this run has {release.id_type} ids: set "
+                f"store.repo to another folder"
             )
-
-
-def _same_rows(path: Path, spec: ViewSpec, release: Release) -> bool:
-    rows = release.tables[spec.name]
-    return bool(live_rows(path, spec).cast(rows.schema).equals(rows))
-
-
-def _write_partitions(
-    repo: Path, release: Release, current: Publication | None, unfinished: Publication | None
-) -> dict[str, Partition]:
-    """Write the views whose rows changed, all aside first; those that did not change keep their partition.
-
-    Rows of an unfinished publish may be in the online store: the new ones are later than they are, and withdraw their
-    ids as well. Where they are the same rows, they are taken over, and the publish is completed.
-    """
-    now = datetime.now(UTC)
-    staging = repo / DATA / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    views: dict[str, Partition] = {}
-    moves: dict[Path, Path] = {}
-    for spec in VIEWS:
-        (repo / DATA / spec.name).mkdir(exist_ok=True)
-        known = [
-            publication.views[spec.name]
-            for publication in (unfinished, current)
-            if publication and spec.name in publication.views
-        ]
-        if known and _same_rows(repo / known[0].file, spec, release):
-            views[spec.name] = known[0]
-            continue
-        rows = release.tables[spec.name]
-        withdrawn = _withdrawn([repo / partition.file for partition in known], spec, rows)
-        stamps = stamp(release, known[0] if known else None, now)
-        aside, target = staging / spec.name, _free_path(repo, spec, release.version)
-        pq.write_table(build_partition(rows, withdrawn, spec, release.id_type, stamps), aside, compression="zstd")
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        moves[aside] = target
-        views[spec.name] = Partition(
-            file=str(target.relative_to(repo)),
-            rows=len(rows),
-            withdrawn=len(withdrawn),
-            event=stamps[0],
-            created=stamps[1],
-        )
-    journal = Publication(version=release.version, published_at=now, dim=release.dim, views=views, finished=False)
-    write_atomic(repo / DATA / JOURNAL, journal.model_dump_json(indent=2) + "\n")
-    for aside, target in moves.items():
-        aside.rename(target)
-    staging.rmdir()
-    return views
-
-
-def _undo(repo: Path, views: dict[str, Partition], current: Publication | None, unfinished: Publication | None) -> None:
-    """Take back partitions that were never served."""
-    kept = {file for publication in (current, unfinished) if publication for file in publication.files.values()}
-    for partition in views.values():
-        if partition.file not in kept:
-            (repo / partition.file).unlink(missing_ok=True)
-    if unfinished:
-        write_atomic(repo / DATA / JOURNAL, unfinished.model_dump_json(indent=2) + "\n")
+    contents = {name: content_hash(rows) for name, rows in release.tables.items()}
+    known = catalog.find(release.version)
+    if known is not None and known.state == "pruning":
+        raise StoreError(f"version {known.name} is being pruned: run  kellm prune  to its end, then publish again")
+    if known is not None and known.state == "published":
+        _refuse_other_rows(repo, known, release, contents)
+    applied = apply_definitions(repo, list(release.tables), release.id_type)
+    if known is None or known.state != "published":
+        version = _plan(repo, config, catalog, release, contents, applied)
+        _drop_replaced(config, backend, known, version)
+        update(backend, lambda current: current.begin(version))
     else:
-        (repo / DATA / JOURNAL).unlink(missing_ok=True)
+        version = known
+    _write_partitions(repo, release, version, catalog)
+    release.tables.clear()  # the partitions hold all of it, and are read in pieces
+    _write_rows(repo, config, backend, version)
+    if version.state == "published":
+        return version
+    finished = update(backend, lambda current: current.finish(version.name, utc_now()))
+    logger.info("published version %s into %s", version.name, config.where)
+    return finished.get(version.name)
 
 
-def _withdrawn(partitions: list[Path], spec: ViewSpec, rows: pa.Table) -> pa.Array:
-    """Ids in any of the partitions that the rows lack."""
-    type_ = rows.schema.field(spec.join_key).type
-    keys = [pq.read_table(path, columns=[spec.join_key]).column(0).cast(type_) for path in partitions]
-    known = pc.unique(pa.chunked_array([chunk for key in keys for chunk in key.chunks], type_))
-    return known.filter(pc.invert(pc.is_in(known, value_set=rows.column(spec.join_key))))
+def _plan(
+    repo: Path,
+    config: OnlineConfig,
+    catalog: Catalog,
+    release: Release,
+    contents: dict[str, str],
+    applied: Applied,
+) -> Version:
+    """The version with the parts that it will have. Views whose rows did not change share those of the latest."""
+    begun, latest = catalog.find(release.version), catalog.latest()
+    number = catalog.next_number
+    views: dict[str, ViewVersion] = {}
+    for name, rows in release.tables.items():
+        spec = SPECS[name]
+        layout: Layout = config.layout if spec.holds_embeddings else "stock"
+        taken = None
+        for source in (begun, latest):
+            held = source.views.get(name) if source else None
+            if taken is None and held and (held.content, held.layout) == (contents[name], layout):
+                taken = held
+        if taken is None or (taken.file != _file_of(spec, release.version) and not (repo / taken.file).exists()):
+            event, created = _stamps(repo, spec, release, catalog)
+            taken = ViewVersion(
+                number=number,
+                file=_file_of(spec, release.version),
+                rows=len(rows),
+                event=event,
+                created=created,
+                content=contents[name],
+                layout=layout,
+                dim=release.dim if spec.holds_embeddings else 0,
+            )
+            number += 1
+        views[name] = taken.model_copy(update={"ttl_s": applied.ttl_s.get(name, 0.0)})
+    return Version(name=release.version, state="writing", id_type=release.id_type, started_at=utc_now(), views=views)
 
 
-def _free_path(repo: Path, spec: ViewSpec, version: str) -> Path:
-    """`data/VIEW/VERSION.parquet`; `VERSION.r2` and so on where the version was published before."""
-    folder = repo / DATA / spec.name
-    path, count = folder / f"{version}.parquet", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{version}.r{count}.parquet"
-    return path
+def _stamps(repo: Path, spec: ViewSpec, release: Release, catalog: Catalog) -> tuple[datetime, datetime]:
+    """Timestamps of a new partition. One that lies there of a pruned version keeps its own, if it is the same."""
+    path = repo / _file_of(spec, release.version)
+    if path.exists() and catalog.find(release.version) is None:
+        if not same_rows(path, spec, release.tables[spec.name]):
+            raise StoreError(
+                f"{path} holds other rows of version {release.version!r}, and a version never changes: publish under "
+                f"another name"
+            )
+        first = pq.ParquetFile(path).read_row_group(0, columns=[EVENT_TIMESTAMP, CREATED_TIMESTAMP]).slice(0, 1)
+        event, created = (first.column(name)[0].as_py() for name in (EVENT_TIMESTAMP, CREATED_TIMESTAMP))
+        return event, created
+    held = [v.views[spec.name] for v in catalog.versions if spec.name in v.views and v.name != release.version]
+    return stamp(release, [(view.event, view.created) for view in held], utc_now())
 
 
-def _serve(repo: Path, release: Release, views: dict[str, Partition], lock: IO[str]) -> list[str]:
-    """Apply and materialize in a worker process; the local files of registry and online store.
-
-    The worker inherits the lock, so that it stays held should this process be killed.
-    """
-    request = {
-        "repo": str(repo),
-        "id_type": release.id_type,
-        "views": {name: partition.event.isoformat() for name, partition in views.items()},
-    }
-    command = [sys.executable, "-P", "-m", "kellm_features.store.feast_worker"]
-    answer: dict[str, Any] = {}
-    phase = "start"
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
-        track("materialize", sum(partition.rows for partition in views.values())) as advance,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=[lock.fileno()]
-        ) as worker,
-    ):
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(json.dumps(request))
-        worker.stdin.close()
-        for line in worker.stdout:
-            answer = json.loads(line)
-            phase = answer.get("phase", phase)
-            if "view" in answer:
-                advance(views[answer["view"]].rows, answer["view"])
-        code = worker.wait()
-        log.seek(0)
-        said = log.read().strip()
-    logger.debug("feast in %s:\n%s", repo, said)
-    if code == 0 and "stores" in answer:
-        return list(answer["stores"])
-    cause = answer.get("error") or (said.splitlines() or [f"exit code {code}"])[-1]
-    if phase == "materialize":
-        raise StoreError(
-            f"materializing into {repo} failed ({cause}): the version is written and not served; mend the cause and "
-            f"publish again"
+def _refuse_other_rows(repo: Path, known: Version, release: Release, contents: dict[str, str]) -> None:
+    """A published version never changes."""
+    changed = [
+        name
+        for name, rows in release.tables.items()
+        if name not in known.views
+        or (
+            known.views[name].content != contents[name]
+            and not (
+                (repo / known.views[name].file).exists() and same_rows(repo / known.views[name].file, SPECS[name], rows)
+            )
         )
-    raise _NotAppliedError(f"feast apply failed in {repo} ({cause}): nothing was published; run it there to see all")
+    ]
+    if changed:
+        raise StoreError(
+            f"version {known.name!r} was published on {known.published_at:%Y-%m-%d %H:%M} UTC with other rows of "
+            f"{', '.join(changed)}, and a version never changes: run  kellm run --from export  for a new one, or "
+            f"publish with --version"
+        )
+
+
+def _drop_replaced(config: OnlineConfig, backend: OnlineBackend, begun: Version | None, version: Version) -> None:
+    """Take back what an unfinished attempt wrote under this name and this one writes otherwise."""
+    if begun is None:
+        return
+    kept = {view.number for view in version.views.values()}
+    for name, view in begun.views.items():
+        if view.number not in kept and view.file == _file_of(SPECS[name], begun.name):
+            backend.drop(online_namespace(config.project, begun, name))
+
+
+def _write_partitions(repo: Path, release: Release, version: Version, catalog: Catalog) -> None:
+    """Write the partitions that are not there. Each withdraws the ids of those before it that it lacks."""
+    for name, rows in release.tables.items():
+        spec, view = SPECS[name], version.views[name]
+        path = repo / view.file
+        if path.exists() and same_rows(path, spec, rows):
+            continue
+        if view.file != _file_of(spec, version.name):
+            raise StoreError(f"{path} is gone although it was published: restore it from a backup")
+        sources = [catalog.latest(), *(held for held in catalog.versions if held.state == "writing")]
+        files = {repo / v.views[name].file for v in sources if v and v.name != version.name and name in v.views}
+        withdrawn = withdrawn_ids(sorted(file for file in files if file.exists()), spec, rows)
+        table = build_partition(rows, withdrawn, spec, release.id_type, (view.event, view.created))
+        try:
+            write_partition(table, path)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror or error}): make room and publish again; what is served "
+                f"is unchanged"
+            ) from error
+
+
+def _write_rows(repo: Path, config: OnlineConfig, backend: OnlineBackend, version: Version) -> None:
+    total = sum(view.rows for view in version.views.values())
+    with track("online store", total) as advance:
+        for name, view in version.views.items():
+            namespace = online_namespace(config.project, version, name)
+            event_us = (view.event - EPOCH) // timedelta(microseconds=1)
+            rows = 0
+            for batch in live_batches(repo / view.file, namespace.spec):
+                backend.write(namespace, batch, event_us)
+                rows += len(batch)
+                advance(len(batch), name)
+            if rows != view.rows:
+                raise StoreError(
+                    f"{repo / view.file} serves {rows:,} rows and {view.rows:,} were published: restore it from a "
+                    f"backup"
+                )
+
+
+def _file_of(spec: ViewSpec, version: str) -> str:
+    return f"{DATA}/{spec.name}/{version}.parquet"
+
+
+def delete_partitions(repo: Path, versions: Sequence[Version]) -> None:
+    """Delete the partitions of versions that were never finished, and so never served."""
+    for version in versions:
+        for name, view in version.views.items():
+            if view.file == _file_of(SPECS[name], version.name):
+                (repo / view.file).unlink(missing_ok=True)
