@@ -209,10 +209,12 @@ def _checked(ids: Sequence[Id], namespace: Namespace) -> Sequence[Id]:
     if array.ndim == 1 and array.dtype.kind in "iu" and not (array.dtype == np.uint64 and array.max() >= 2**63):
         plain: list[Id] = array.tolist()
         return plain
-    wrong = next((key for key in ids if isinstance(key, bool) or not isinstance(key, int | np.integer)), None)
-    if wrong is not None:
-        raise StoreError(f"id {wrong!r} is not an integer, and ids of {namespace.spec.name} are int64")
-    raise StoreError(f"ids of {namespace.spec.name} are one row of int64; an array of shape {array.shape} was given")
+    if array.ndim != 1:
+        raise StoreError(f"ids are one row of int64; an array of shape {array.shape} was given")
+    wrong = next((key for key in ids if type(key) is bool or not isinstance(key, int | np.integer)), None)
+    if wrong is None:
+        wrong = next(key for key in ids if not -(2**63) <= int(key) < 2**63)
+    raise StoreError(f"id {wrong!r} is not an int64, and ids of {namespace.spec.name} are")
 
 
 def _raise_missing(keys: Sequence[Id], found: NDArray[np.bool_], plan: _Plan) -> None:
