@@ -76,6 +76,7 @@ def main() -> None:
         "fetch",
         "init",
         "link",
+        "publish_spark",
         "rollout",
         "run",
         "serve",

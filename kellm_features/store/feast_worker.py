@@ -42,7 +42,7 @@ def _apply(repo: Path) -> None:
 
     yaml = get_default_yaml_file_path(repo)
     cli_check_repo(repo, yaml)
-    apply_total(load_repo_config(repo, yaml), repo, skip_source_validation=False)
+    apply_total(load_repo_config(repo, yaml), repo, skip_source_validation=True)
 
 
 def _look_up(repo: Path) -> dict[str, Any]:

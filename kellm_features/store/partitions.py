@@ -168,7 +168,8 @@ class _HashSink:
 def live_batches(path: Path, spec: ViewSpec) -> Iterator[pa.RecordBatch]:
     """The rows that a partition serves, without timestamps and without those that withdraw an id, in pieces."""
     names = [spec.join_key, *(name for name, _ in spec.features)]
-    with pq.ParquetFile(path) as file:
+    # Without both options Arrow loads whole column chunks, however small the batches.
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=ROW_GROUP, columns=[*names, IS_DELETED]):
             live = batch.filter(pc.invert(batch.column(IS_DELETED)))
             if len(live):

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -264,9 +265,15 @@ def _file_of(spec: ViewSpec, version: str) -> str:
     return f"{DATA}/{spec.name}/{version}.parquet"
 
 
+def partition_path(repo: Path, file: str) -> str:
+    """A partition's place for any engine: a URI as it is, a path below the repository made absolute."""
+    return file if "://" in file else str(repo / file)
+
+
 def delete_partitions(repo: Path, versions: Sequence[Version]) -> None:
     """Delete the partitions of versions that were never finished, and so never served."""
     for version in versions:
         for name, view in version.views.items():
             if view.file == _file_of(SPECS[name], version.name):
-                (repo / view.file).unlink(missing_ok=True)
+                path = repo / view.file
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # Spark writes folders

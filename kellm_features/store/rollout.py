@@ -35,7 +35,14 @@ from kellm_features.store.layout import (
     USER_NEIGHBORS,
 )
 from kellm_features.store.partitions import read_release
-from kellm_features.store.publish import SPECS, delete_partitions, online_namespace, publish_release, sole_publisher
+from kellm_features.store.publish import (
+    SPECS,
+    delete_partitions,
+    online_namespace,
+    partition_path,
+    publish_release,
+    sole_publisher,
+)
 from kellm_features.store.repo import OnlineConfig, read_online_config
 from kellm_features.store.verify import Verification, ViewCheck, verify_version
 
@@ -117,9 +124,10 @@ def promote(
         if target.name == catalog.active:
             return target
         if not force:
-            found = _standing_verification(catalog, target)
+            limits = settings or VerifySettings()
+            found = _standing_verification(catalog, target, limits)
             if found is None:
-                found = _verify(config, backend, catalog, target.name, settings or VerifySettings())
+                found = _verify(config, backend, catalog, target.name, limits)
                 update(backend, lambda current: current.verified(target.name, found.model_dump(mode="json")))
             if not found.passed:
                 failures = found.failures()
@@ -272,8 +280,8 @@ def _verify(
             checks.append(
                 ViewCheck(
                     SPECS[view],
-                    candidate=_partition(config, held.file),
-                    active=_partition(config, before.file) if before else None,
+                    candidate=partition_path(config.repo, held.file),
+                    active=partition_path(config.repo, before.file) if before else None,
                     dtype="float16" if held.layout == "packed" else "float32",
                 )
             )
@@ -286,16 +294,12 @@ def _verify(
     return verify_version(version.name, checks, fetch, settings, against=active.name if active else None)
 
 
-def _partition(config: OnlineConfig, file: str) -> Path | str:
-    return file if "://" in file else config.repo / file
-
-
-def _standing_verification(catalog: Catalog, version: Version) -> Verification | None:
-    """Findings on a version that still hold: they compared with what is active now, and were good."""
+def _standing_verification(catalog: Catalog, version: Version, limits: VerifySettings) -> Verification | None:
+    """Findings on a version that still hold: good ones, under these limits, against what is active now."""
     if version.verification is None:
         return None
     found = Verification.model_validate(version.verification)
-    return found if found.passed and found.against == catalog.active else None
+    return found if found.passed and (found.against, found.settings) == (catalog.active, limits) else None
 
 
 def _promoted(catalog: Catalog, name: str, expected: str | None) -> Catalog:

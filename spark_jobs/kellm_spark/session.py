@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kellm_features.errors import ConfigError, DataError, KellmError, MissingExtraError
+from kellm_features.errors import ConfigError, DataError, KellmError, MissingExtraError, StoreError
 from kellm_features.java import find_java
 from kellm_features.progress import Advance, track
 from kellm_features.settings import SparkSettings
@@ -147,16 +147,16 @@ def stop_session() -> None:
 def data_errors() -> Iterator[None]:
     """Turn what a worker raised about the data into this project's error, in one line.
 
-    Python workers hand back a trace as text; a `DataError` raised inside one is found in it by its name.
+    Python workers hand back a trace as text; an error of ours raised inside one is found in it by its name.
     """
     from pyspark.errors import PySparkException
 
     try:
         yield
     except PySparkException as error:
-        found = re.search(r"kellm_features\.errors\.(?:Data|Schema)Error: (.+)", str(error))
+        found = re.search(r"kellm_features\.errors\.(Data|Schema|Store)Error: (.+)", str(error))
         if found:
-            raise DataError(found.group(1).strip()) from error
+            raise (StoreError if found.group(1) == "Store" else DataError)(found.group(2).strip()) from error
         raise
 
 
