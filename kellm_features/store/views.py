@@ -224,7 +224,8 @@ def _source(spec: ViewSpec, data: Path | str, kind: SourceKind) -> DataSource:
     if kind == "spark":
         from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import SparkSource
 
-        return SparkSource(file_format="parquet", **told)
+        # A version that Spark published is a folder of files: named by a pattern, it is read like one that is a file.
+        return SparkSource(file_format="parquet", **{**told, "path": f"{told['path']}/*.parquet"})
     raise StoreError(f"source is {kind!r}; accepted: 'file' or 'spark'")
 
 

@@ -26,7 +26,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 BASH = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 (ACL,) = re.findall(r"```redis\n(.*?)```", README, flags=re.DOTALL)
 PUBLISH, JOIN, READER, ONLINE = PYTHON
-APPLY, MONITOR = BASH
+APPLY, SPARK, MONITOR = BASH
 
 pytestmark = [pytest.mark.feast, pytest.mark.slow]
 T1 = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -53,6 +53,12 @@ class Site:
         name, *arguments = line.split()
         assert name == "feast"
         return self.run(sys.executable, "-P", "-c", "from feast.cli.cli import cli; cli(prog_name='feast')", *arguments)
+
+    def spark_submit(self, line: str) -> str:
+        """One line of the README's shell: the driver, in a session that it starts itself."""
+        name, driver, *arguments = line.split()
+        assert name == "spark-submit"
+        return self.run(sys.executable, str(DOCS.parents[1] / driver), *arguments, "--set", "spark.master=local[2]")
 
     def python(self, block: str, **changed: str) -> str:
         return self.run(sys.executable, "-P", "-c", block, **changed)
@@ -196,6 +202,16 @@ def test_the_recipe(tmp_path: Path, make_run, redis_address: tuple[str, Path]) -
     np.testing.assert_allclose(rows["item_user_affinity__cosine"], [np.nan, *cosines, np.nan], rtol=1e-6)
     week_less_hour = (timedelta(days=7) - hour).total_seconds()
     np.testing.assert_allclose(rows["item_embedding_age__age_s"], [np.nan, 3600, 3600, week_less_hour, np.nan])
+
+    made = np.random.default_rng(3).standard_normal((60, 8)).astype(np.float32)
+    pd.DataFrame({"item_id": range(1, 61), "embedding": made.tolist()}).to_parquet(tmp_path / "items.parquet")
+    assert "published table-1: 60 of item_knowledge_embedding" in site.spark_submit(SPARK)
+    assert "v2 [True, True, False]" in site.python(READER, **reader)  # until it is promoted
+    impressions["event_timestamp"] = datetime.now(UTC) + hour
+    impressions.to_parquet(tmp_path / "impressions.parquet")
+    site.python(JOIN)
+    rows = pd.read_parquet(tmp_path / "training.parquet").set_index("item_id")
+    np.testing.assert_allclose(rows.loc[3, "item_knowledge_embedding__embedding"], made[2], rtol=1e-6)
 
     told = site.feast(MONITOR)
     assert "Feature views computed: 6\n" in told

@@ -231,7 +231,7 @@ def test_spark_sources_and_ttl(tmp_path: Path) -> None:
         for spec in VIEWS:
             source = objects[spec.name].batch_source
             assert isinstance(source, SparkSource)
-            assert (source.path, source.file_format) == (f"{folder}/{spec.name}", "parquet")
+            assert (source.path, source.file_format) == (f"{folder}/{spec.name}/*.parquet", "parquet")
             assert (source.timestamp_field, source.created_timestamp_column) == ("event_timestamp", "created_timestamp")
             assert objects[spec.name].ttl == timedelta(days=14)
 
