@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +11,25 @@ import pytest
 
 from kellm_features import schemas
 from kellm_features.errors import DataError, SchemaError, StoreError
-from kellm_features.store.layout import ITEM_DESCRIPTION, ITEM_NEIGHBORS, Partition, Publication, Published, ViewSpec
-from kellm_features.store.partitions import Release, build_partition, live_rows, read_release, stamp
-from kellm_features.store.publish import INPUTS, _read_journal, _withdrawn, _write_partitions
+from kellm_features.store.layout import ITEM_DESCRIPTION, ITEM_EMBEDDING
+from kellm_features.store.partitions import (
+    Release,
+    build_partition,
+    content_hash,
+    live_batches,
+    read_release,
+    same_rows,
+    stamp,
+    withdrawn_ids,
+    write_partition,
+)
+from kellm_features.store.rollout import run_inputs
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
 
 def release_of(run) -> Release:
-    return read_release({view: run.folder / stage / file for view, (stage, file) in INPUTS.items()})
+    return read_release(run_inputs(run.folder))
 
 
 def replace_column(run, file: str, name: str, values) -> None:
@@ -90,23 +99,55 @@ def test_ids_that_a_version_lacks_are_withdrawn_by_a_null_row(tmp_path, make_run
     )
     spec, stamps = ITEM_DESCRIPTION, (NOW, NOW)
     first = tmp_path / "first.parquet"
-    pq.write_table(build_partition(old.tables[spec.name], pa.array([], pa.int64()), spec, "int64", stamps), first)
-    gone = _withdrawn([first], spec, new.tables[spec.name])
+    write_partition(build_partition(old.tables[spec.name], pa.array([], pa.int64()), spec, "int64", stamps), first)
+    gone = withdrawn_ids([first], spec, new.tables[spec.name])
     second = tmp_path / "second.parquet"
-    pq.write_table(build_partition(new.tables[spec.name], gone, spec, "int64", stamps), second)
+    write_partition(build_partition(new.tables[spec.name], gone, spec, "int64", stamps), second)
     rows = {row["item_id"]: row for row in pq.read_table(second).to_pylist()}
     assert sorted(rows) == [1, 2, 3, 4, 5, 6, 7]
     assert [key for key, row in rows.items() if row["is_deleted"]] == [1, 2]
     assert {rows[1][name] for name, _ in spec.features} == {None}
-    assert live_rows(second, spec).to_pylist() == new.tables[spec.name].to_pylist()
+    live = pa.Table.from_batches(live_batches(second, spec))
+    assert live.to_pylist() == new.tables[spec.name].to_pylist()
+    assert same_rows(second, spec, new.tables[spec.name])
+    assert not same_rows(second, spec, new.tables[spec.name].slice(1))
+    assert not same_rows(second, spec, old.tables[spec.name])
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_stamps_are_always_later_than_what_is_served(tmp_path, make_run):
+def test_a_partition_tells_when_its_vectors_were_made_and_nothing_of_withdrawn_ones(tmp_path, make_run):
+    release = release_of(make_run(tmp_path, items=range(1, 4)))
+    rows = release.tables[ITEM_EMBEDDING.name]
+    table = build_partition(rows, pa.array([9]), ITEM_EMBEDDING, "int64", (release.event, NOW))
+    assert table.schema.equals(ITEM_EMBEDDING.arrow("int64"))
+    assert table["embedded_at"].to_pylist() == [int(release.event.timestamp())] * 3 + [None]
+
+
+def test_content_hashes_tell_rows_apart_and_not_how_they_are_chunked(tmp_path, make_run):
+    rows = release_of(make_run(tmp_path)).tables[ITEM_EMBEDDING.name]
+    chunked = pa.concat_tables([rows.slice(0, 7), rows.slice(7)])
+    assert content_hash(chunked) == content_hash(rows)
+    assert content_hash(rows.slice(0, 49)) != content_hash(rows)
+    hashes = pa.array(["x", *rows["content_hash"].to_pylist()[1:]])
+    assert content_hash(rows.set_column(4, "content_hash", hashes)) != content_hash(rows)
+
+
+def test_a_partition_that_cannot_be_written_leaves_nothing(tmp_path, make_run):
+    release = release_of(make_run(tmp_path / "run"))
+    rows = release.tables[ITEM_DESCRIPTION.name]
+    table = build_partition(rows, pa.array([], pa.int64()), ITEM_DESCRIPTION, "int64", (NOW, NOW))
+    (tmp_path / "out" / "v1.parquet" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        write_partition(table, tmp_path / "out" / "v1.parquet")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["v1.parquet"]
+
+
+def test_stamps_are_always_later_than_those_before(tmp_path, make_run):
     release = release_of(make_run(tmp_path))
-    assert stamp(release, None, NOW) == (release.event, release.created)
-    for served in (release.event - timedelta(days=1), release.event, NOW, NOW + timedelta(days=9)):
-        partition = Partition(file="f", rows=1, withdrawn=0, event=served, created=served)
-        assert stamp(release, partition, NOW) > (served, served)
+    assert stamp(release, [], NOW) == (release.event, release.created)
+    for before in (release.event - timedelta(days=1), release.event, NOW, NOW + timedelta(days=9)):
+        earlier = [(release.event - timedelta(days=2), NOW), (before, before)]
+        assert stamp(release, earlier, NOW) > max(earlier)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +155,15 @@ def test_stamps_are_always_later_than_what_is_served(tmp_path, make_run):
     [
         ("item_id", pa.array([1, 1, *range(3, 51)]), r"item_id 1 appears more than once"),
         ("embedding_version", pa.array(["v1"] * 49 + ["v2"]), r"one table is one version"),
-        ("embedding_version", pa.array(["../evil"] * 50), r"embedding_version is '../evil'"),
+        ("embedding_version", pa.array(["../evil"] * 50), r"the version's name is '\.\./evil'; accepted"),
         ("embedding_version", pa.array(["v2"] * 50), r"both must come from one export"),
         ("embedding", pa.array([[1.0, float("nan")]] * 50, pa.list_(pa.float32())), r"50 embedding values are NaN"),
         ("embedding", pa.array([[1.0]] * 49 + [[1.0, 2.0]], pa.list_(pa.float32())), r"lengths \['1', '2'\]"),
-        ("embedding", pa.array([[1.0, 2.0]] * 50, pa.list_(pa.float32())), r"length 2, user embeddings 8"),
+        (
+            "embedding",
+            pa.array([[1.0, 2.0]] * 50, pa.list_(pa.float32())),
+            r"item_knowledge_embedding has length 2 and user_knowledge_embedding has length 8: both must be equal",
+        ),
         ("item_id", pa.array([str(i) for i in range(50)]), r"all ids of one run must be of one type"),
         ("event_timestamp", pa.nulls(50, schemas.TIMESTAMP), r"event_timestamp is null in 50 rows"),
     ],
@@ -142,56 +187,3 @@ def test_missing_and_empty_and_wrong_tables_are_refused(tmp_path, make_run):
     file.unlink()
     with pytest.raises(DataError, match="does not exist"):
         release_of(run)
-
-
-def write(repo: Path, release: Release, current: Publication | None = None) -> Publication:
-    views = _write_partitions(repo, release, current, _read_journal(repo))
-    return Publication(version=release.version, published_at=NOW, dim=release.dim, views=views)
-
-
-def files(repo: Path) -> list[str]:
-    return sorted(str(path.relative_to(repo / "data")) for path in repo.rglob("*.parquet"))
-
-
-def test_a_killed_publish_is_taken_over_and_nothing_is_written_twice(tmp_path, make_run):
-    repo = tmp_path / "repo"
-    (repo / "data").mkdir(parents=True)
-    release = release_of(make_run(tmp_path))
-    first = write(repo, release)
-    before = {name: (repo / name).stat().st_mtime_ns for name in first.files.values()}
-    (repo / "data" / ".staging").mkdir()
-    (repo / "data" / ".staging" / "item_description").write_bytes(b"half")
-    assert write(repo, release).views == first.views
-    assert {name: (repo / name).stat().st_mtime_ns for name in first.files.values()} == before
-    assert len(files(repo)) == 6
-
-
-def test_a_killed_publish_of_another_version_is_superseded_with_its_ids(tmp_path, make_run):
-    repo = tmp_path / "repo"
-    (repo / "data").mkdir(parents=True)
-    served = write(repo, release_of(make_run(tmp_path / "a", "a")))
-    (repo / "data" / ".publishing.json").unlink()
-    killed = write(repo, release_of(make_run(tmp_path / "b", "b", NOW, 2, items=range(1, 61))), served)
-    back = write(repo, release_of(make_run(tmp_path / "a", "a")), served)
-    spec: ViewSpec = ITEM_NEIGHBORS
-    assert back.files[spec.name] == "data/item_swing_neighbors/a.r2.parquet"
-    rows = pq.read_table(repo / back.files["item_knowledge_embedding"])
-    assert rows.filter(rows["is_deleted"])["item_id"].to_pylist() == list(range(51, 61))
-    assert all(back.views[name].event > killed.views[name].event for name in killed.views if name.startswith("item"))
-
-
-def test_unchanged_views_keep_their_partition(tmp_path, make_run):
-    repo = tmp_path / "repo"
-    (repo / "data").mkdir(parents=True)
-    first = write(repo, release_of(make_run(tmp_path / "a", "a")))
-    (repo / "data" / ".publishing.json").unlink()
-    second = write(repo, release_of(make_run(tmp_path / "b", "b")), first)
-    changed = {name for name in first.views if first.views[name] != second.views[name]}
-    assert changed == {"item_knowledge_embedding", "user_knowledge_embedding", "item_description"}
-
-
-def test_the_record_survives_a_round_trip(tmp_path, make_run):
-    repo = tmp_path / "repo"
-    (repo / "data").mkdir(parents=True)
-    record = Published(id_type="int64", stores=[], current=write(repo, release_of(make_run(tmp_path))), previous=[])
-    assert Published.model_validate_json(record.model_dump_json()) == record

@@ -18,10 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kellm_features.store.fetch import fetch_embeddings
-from kellm_features.store.layout import Publication
-from kellm_features.store.partitions import read_release
-from kellm_features.store.publish import INPUTS, _write_partitions
+from kellm_features.settings import VerifySettings
+from kellm_features.store import rollout
 from kellm_features.store.scaffold import write_feature_repo
 
 T1 = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -36,9 +34,9 @@ pytestmark = [pytest.mark.feast, *(pytest.mark.filterwarnings(warning) for warni
 FEAST = [sys.executable, "-P", "-c", "from feast.cli.cli import cli; cli(prog_name='feast')"]
 
 
-def feast(repo: Path, *arguments: str) -> str:
+def feast(repo: Path, *arguments: str, fails: bool = False) -> str:
     done = subprocess.run([*FEAST, *arguments], cwd=repo, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.returncode != 0) == fails, done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
@@ -85,45 +83,44 @@ def post(port: int, path: str, body: object, timeout_s: float = 90) -> dict:
 
 
 def test_stock_commands(tmp_path: Path, make_run) -> None:
+    """`feast apply`, `materialize`, `materialize-incremental` and `serve`, beside what kellm publishes."""
     repo = tmp_path / "feature_repo"
     write_feature_repo(repo, project="films", id_type="string")
     runs = {
         version: make_run(tmp_path / version, version, when, seed, items=items, key=lambda i: f"tt{i:04d}")
         for version, when, seed, items in (("v1", T1, 1, range(1, 51)), ("v2", T2, 2, range(2, 52)))
     }
-
-    def release(version: str):
-        return read_release({view: tmp_path / version / stage / file for view, (stage, file) in INPUTS.items()})
-
-    def check(version: str, ids: list[str], missing: list[str]) -> None:
-        got = fetch_embeddings(repo, [*ids, *missing])
-        vectors = runs[version].vectors()
-        np.testing.assert_array_equal(got.values[: len(ids)], np.stack([vectors[i] for i in ids]))
-        assert got.found.tolist() == [True] * len(ids) + [False] * len(missing)
-        assert got.version == [version] * len(ids) + [None] * len(missing)
-
-    # A fresh clone: nothing is published, no file exists.
-    told = feast(repo, "apply")
+    told = feast(repo, "apply")  # a fresh clone: nothing is published, no file exists
     assert "Traceback" not in told
-
-    (repo / "data").mkdir(exist_ok=True)
-    views = _write_partitions(repo, release("v1"), None, None)
-    feast(repo, "materialize", "2026-02-01T00:00:00", "2026-03-02T00:00:00")
-    check("v1", ["tt0001", "tt0050"], ["tt0051"])
-
-    first = Publication(version="v1", published_at=T1, dim=8, views=views)
-    _write_partitions(repo, release("v2"), first, None)
-    told = feast(repo, "materialize-incremental", "2026-03-09T00:00:00")
-    assert "2026-03-02 00:00:00+00:00" in told  # it goes on where `materialize` ended
-    check("v2", ["tt0002", "tt0051"], ["tt0001"])
-
     with serving(repo) as port:
+
+        def check(version: str, present: str, missing: str) -> None:
+            body = {"features": ["item_knowledge_embedding:embedding"], "entities": {"item_id": [present, missing]}}
+            answer = post(port, "/get-online-features", body)
+            served = answer["results"][answer["metadata"]["feature_names"].index("embedding")]
+            vector = runs[version].vectors()[present]
+            np.testing.assert_array_equal(np.array(served["values"][0], dtype=np.float32), vector)
+            assert served["values"][1] is None
+            assert served["statuses"] == ["PRESENT", "NOT_FOUND"]
+
+        rollout.publish(repo, rollout.run_inputs(tmp_path / "v1"))
+        rollout.promote(repo)
+        check("v1", "tt0001", "tt0051")
+        feast(repo, "materialize", "2026-02-01T00:00:00", "2026-03-02T00:00:00")  # of what is served: changes nothing
+        check("v1", "tt0001", "tt0051")
+
+        rollout.publish(repo, rollout.run_inputs(tmp_path / "v2"))
+        check("v1", "tt0001", "tt0051")
+        told = feast(repo, "materialize-incremental", "2026-03-09T00:00:00", fails=True)  # would mix v2 into v1
+        assert "is served in version v1, whose rows are of 2026-03-01T12:00:00+00:00" in told
+        check("v1", "tt0001", "tt0051")
+        rollout.promote(repo, settings=VerifySettings(max_centroid_drift=2, min_neighbor_overlap=0))
+        check("v2", "tt0051", "tt0001")
+        feast(repo, "materialize-incremental", "2026-03-09T00:00:00")
+        check("v2", "tt0051", "tt0001")
+        rollout.rollback(repo)
+        check("v1", "tt0001", "tt0051")
+
         listed = feast(repo, "feature-views", "list")
-        for name in views:
+        for name in rollout.INPUTS:
             assert name in listed
-        body = {"features": ["item_knowledge_embedding:embedding"], "entities": {"item_id": ["tt0002", "tt0001"]}}
-        answer = post(port, "/get-online-features", body)
-    place = answer["metadata"]["feature_names"].index("embedding")
-    served = answer["results"][place]
-    np.testing.assert_array_equal(np.array(served["values"][0], dtype=np.float32), runs["v2"].vectors()["tt0002"])
-    assert served["values"][1] is None
