@@ -175,11 +175,12 @@ def test_stock_feast_returns_what_fetch_prints(folder: Path) -> None:
     assert ours[0]["version"] == exported.loc[50, "embedding_version"]
 
 
-def test_the_fetch_snippet_of_the_readme_runs(folder: Path) -> None:
+def test_the_fetch_snippets_of_the_readme_run(folder: Path) -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n")[1].split("```")[0] + "\nprint([len(v) for v in rows['embedding']])"
+    reader, stock = (block.split("```")[0] for block in readme.split("```python\n")[1:3])
+    code = f"{reader}\n{stock}\nprint(items.values.shape, items.values.tolist() == rows['embedding'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[64, 64, 64]"
+    assert done.stdout.strip() == "(3, 64) True"
 
 
 def test_repeating_skips_everything(folder: Path) -> None:

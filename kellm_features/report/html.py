@@ -12,7 +12,7 @@ from typing import Any
 
 from kellm_features import __version__
 from kellm_features.errors import ArtifactError, DataError, MissingExtraError
-from kellm_features.report.sections import behaviour, knowledge, links, overview, review, space
+from kellm_features.report.sections import behaviour, knowledge, links, overview, review, serving, space
 from kellm_features.report.view import RunView
 from kellm_features.settings import Settings
 
@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[str, Callable[[RunView], Any]]] = {
     "training": ("Training", behaviour.training),
     "map": ("Map of the items", space.embedding_map),
     "neighbours": ("Neighbours", space.neighbourhoods),
+    "version": ("Version and gates", serving.published),
     "fetch": ("Fetch in code", overview.fetch),
     "manifest": ("Manifest", overview.manifests),
 }

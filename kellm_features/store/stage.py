@@ -18,7 +18,7 @@ def run(ctx: StageContext) -> StageReport:
 
     Returns:
         rows_in and rows_out count items and users with an embedding; the notes hold version, repository, rows and
-        partitions per view, and whether the version is served.
+        partitions per view, whether the version was promoted, and what the gates found.
 
     Raises:
         StoreError: see `rollout.publish` and, where `store.promote` is on, `rollout.promote`.
@@ -29,7 +29,7 @@ def run(ctx: StageContext) -> StageReport:
     inputs = {view: ctx.input(*source) for view, source in rollout.INPUTS.items()}
     version = rollout.publish(repo, inputs, version=settings.version)
     if settings.promote:
-        rollout.promote(repo, version.name, settings=settings.verify)
+        version = rollout.promote(repo, version.name, settings=settings.verify)
     embeddings = sum(version.views[spec.name].rows for spec in (ITEM_EMBEDDING, USER_EMBEDDING))
     return StageReport(
         rows_in=embeddings,
@@ -38,6 +38,7 @@ def run(ctx: StageContext) -> StageReport:
             "version": version.name,
             "repo": str(repo),
             "promoted": settings.promote,
+            "gates": version.verification,
             "rows": {name: view.rows for name, view in version.views.items()},
             "partitions": {name: view.file for name, view in version.views.items()},
         },

@@ -11,6 +11,8 @@ import pytest
 
 from kellm_features import schemas
 from kellm_features.artifacts import Manifest, digest, hash_outputs, write_manifest
+from kellm_features.settings import VerifySettings
+from kellm_features.store.verification import Gate, Verification
 
 HOSTILE = "<script>alert('x')</script>"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -138,7 +140,23 @@ def make_export(run: Path) -> None:
 
 def make_publish(run: Path) -> None:
     (run / "publish").mkdir()
-    finish(run, "publish", notes={"repo": "/data/feature repo"}, seconds=1000.5)
+    gate = {"name": "coverage", "view": "item_knowledge_embedding", "passed": True, "measured": 0.975, "minimum": 0.95}
+    gates = Verification(
+        version="v-123",
+        against="v-122",
+        checked_at=NOW,
+        seed=0,
+        settings=VerifySettings(),
+        gates=(Gate(**gate, detail="39 of 40 ids"),),
+    )
+    notes = {
+        "repo": "/data/feature repo",
+        "version": "v-123",
+        "promoted": True,
+        "rows": {"item_knowledge_embedding": 12},
+        "gates": gates.model_dump(mode="json"),
+    }
+    finish(run, "publish", notes=notes, seconds=1000.5)
 
 
 MAKERS = {

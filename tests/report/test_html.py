@@ -160,7 +160,18 @@ def test_fetching_code_runs_as_printed(page: Page) -> None:
     (block,) = re.findall(r"<pre><code>(from feast.*?)</code>", page.source, re.DOTALL)
     compile(block.replace("&#34;", '"'), "snippet", "exec")
     assert "kellm fetch 1 2 3 --repo '/data/feature repo'" in told
+    (block,) = re.findall(r"<pre><code>(from kellm_features.*?)</code>", page.source, re.DOTALL)
+    compile(block.replace("&#34;", '"'), "snippet", "exec")
+    assert "reader.get([1, 2, 3])" in block
     assert "+2.0000 +0.0000" in told
+
+
+def test_the_version_and_its_gates(page: Page) -> None:
+    told = page.text("version")
+    assert "Version v-123 was promoted: it is what readers got from then on." in told
+    assert "item_knowledge_embedding 12" in told
+    assert "The gates, against v-122:" in told
+    assert "coverage passed 0.975 ≥ 0.95 39 of 40 ids" in told
 
 
 def test_manifests(page: Page) -> None:
@@ -195,6 +206,7 @@ NEEDS = {
     "training": ("train",),
     "map": ("ingest", "encode", "export"),
     "neighbours": ("ingest", "swing", "encode", "export"),
+    "version": ("publish",),
     "fetch": ("ingest", "export", "publish"),
     "manifest": (),
 }
