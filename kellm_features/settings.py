@@ -317,6 +317,14 @@ def serve_token() -> str | None:
     return os.environ.get("KELLM_SERVE_TOKEN") or None
 
 
+def share_metrics_folder(folder: str) -> None:
+    """Tell prometheus_client, here and in processes started from here, where the workers' counts lie.
+
+    It can be told in no other way, and before it is imported.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+
+
 def expand_environment(text: str) -> str:
     """`$NAME` and `${NAME}` replaced by the environment, as Feast does with feature_store.yaml."""
     return os.path.expandvars(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import logging.config
-import os
 import signal
 import socket
 import ssl
@@ -20,7 +19,7 @@ import typer
 
 from kellm_features.cli.app import app, stdout
 from kellm_features.errors import ConfigError, MissingExtraError
-from kellm_features.settings import serve_token
+from kellm_features.settings import serve_token, share_metrics_folder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -83,8 +82,7 @@ def serve(
         if workers > 1:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kellm-serve-"))
             plan = replace(plan, metrics_folder=Path(folder))
-            # Not a setting: prometheus_client can be told in no other way, and the workers import it anew.
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+            share_metrics_folder(folder)
         listener = stack.enter_context(_listen(host, port))
         config = uvicorn.Config(
             plan,
