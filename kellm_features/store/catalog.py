@@ -10,6 +10,7 @@ published; what is served changes by naming another version.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -64,6 +65,8 @@ class Version(Frozen):
     started_at: datetime
     published_at: datetime | None = None
     views: dict[str, ViewVersion]
+    again: bool = False
+    """Partitions of this name were there before it began: it was published once and pruned, and they are history."""
     verification: dict[str, Any] | None = None
     """What the gates found, as JSON (verify.Verification), with the version that they compared with."""
 
@@ -202,8 +205,12 @@ class Catalog(Frozen):
         return self.model_copy(update={"revision": self.revision + 1, **update})
 
     def token(self) -> bytes:
-        """What a reader compares to know that its view of the catalog still holds."""
-        return b"%d" % self.revision
+        """What a reader compares to know that its view of the catalog still holds.
+
+        The revision alone would not do: a failover may lose the last change, and the next one has its number again.
+        """
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return f"{self.revision}-{digest[:16]}".encode()
 
 
 Transition = Callable[[Catalog], Catalog]

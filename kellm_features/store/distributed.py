@@ -16,12 +16,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from kellm_features.errors import StoreError
-from kellm_features.store.backends import Namespace, OnlineBackend, open_backend, update
+from kellm_features.store.backends import Namespace, OnlineBackend, open_backend
 from kellm_features.store.catalog import Version, ViewVersion, utc_now
 from kellm_features.store.definitions import apply_definitions
 from kellm_features.store.layout import DATA, IdType
 from kellm_features.store.partitions import check_version
-from kellm_features.store.publish import EPOCH, SPECS, online_namespace, partition_path, sole_publisher
+from kellm_features.store.publish import (
+    EPOCH,
+    SPECS,
+    begin_version,
+    finish_version,
+    online_namespace,
+    partition_path,
+    sole_publisher,
+)
 from kellm_features.store.repo import OnlineConfig, read_online_config
 
 COUNTS = pa.schema([("rows", pa.int64()), ("written", pa.int64())])
@@ -97,9 +105,7 @@ class Publishing:
                     f"{rows.get(view, 0):,} rows of {view} were written and {held.rows:,} were announced: its table "
                     f"changed while it was read; publish again"
                 )
-        return update(self._backend, lambda catalog: catalog.finish(self.version.name, utc_now())).get(
-            self.version.name
-        )
+        return finish_version(self._backend, self.version)
 
 
 _MICROSECOND = timedelta(microseconds=1)
@@ -162,7 +168,7 @@ def publishing(
                     ttl_s=applied.ttl_s.get(view, 0.0),
                 )
             planned = Version(name=version, state="writing", id_type=id_type, started_at=utc_now(), views=views)
-            update(backend, lambda current: current.begin(planned))
+            begin_version(backend, planned, catalog)
             yield Publishing(config, backend, planned, catalog.latest())
     finally:
         backend.close()

@@ -1,10 +1,9 @@
 """The packed layout: one Redis string per id, with a float16 vector.
 
 A value is: event time (int64, microseconds since 1970, little-endian), the E components (float16, little-endian),
-then the remaining features in the view's order, each as a length (uint32) and a serialized Feast `Value`. Features
-that are equal in all rows of a version are left out of the tail and stand once in the catalog.
+then the remaining features in the view's order, each as a length (uint32) and a serialized Feast `Value`.
 
-A float16 has 11 significant bits: a component of a unit vector loses at most 2^-12 of itself, and a cosine between
+A float16 has 11 significant bits: a component of a unit vector loses at most 2^-11 of itself, and a cosine between
 two 384-d vectors about 1e-5 (docs/serving.md has the measurement).
 """
 
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kellm_features.errors import StoreError
-from kellm_features.store.wire import matrix_of, vector_header
+from kellm_features.store.wire import vector_header, vectors_of, with_missing
 
 _TIME = 8
 
@@ -59,7 +58,7 @@ def encode_rows(vectors: pa.Array | pa.ChunkedArray, event_us: int, tails: Seque
     size = len(data) // max(len(array), 1)
     time = struct.pack("<q", event_us)
     if not tails:
-        return [time + data[at : at + size] for at in range(0, len(data), size)]
+        return [time + data[at : at + size] for at in range(0, len(data), size or 1)]
     rows = zip(*tails, strict=True)
     return [
         time + data[i * size : (i + 1) * size] + b"".join(struct.pack("<I", len(value)) + value for value in row)
@@ -74,8 +73,25 @@ def decode_rows(values: Sequence[bytes | None], dim: int) -> tuple[NDArray[np.fl
         StoreError: a value is too short for that length.
     """
     size = _TIME + 2 * dim
-    heads = [value[:size] if value else None for value in values]
-    return matrix_of(heads, size, _TIME, np.dtype("<f2"))
+    lengths = {len(value) for value in values if value}
+    if len(lengths) == 1:  # tails of one length, as those of an export are: the vectors stand at equal distances
+        size = max(size, *lengths)
+    else:
+        values = [value[:size] if value else None for value in values]
+    return with_missing(values, _widened(vectors_of(values, size, dim, _TIME, "<i2")))
+
+
+def _widened(halves: NDArray[np.int16]) -> NDArray[np.float32]:
+    """Finite float16, given as their bits, as float32: bit-equal to NumPy's cast and many times faster.
+
+    The exponent and the fraction move to their places in a float32, whose exponent counts from 127 and not from 15.
+    """
+    wide = np.empty(halves.shape, dtype=np.float32)
+    bits = wide.view(np.int32)
+    np.left_shift(halves, 13, out=bits, dtype=np.int32)
+    bits &= ~0x70000000  # copies of the sign
+    wide *= np.float32(2.0 ** (127 - 15))
+    return wide
 
 
 def event_times(values: Sequence[bytes | None]) -> list[float | None]:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kellm_features import schemas
-from kellm_features.errors import StoreError
+from kellm_features.errors import DataError, StoreError
 from kellm_features.store.layout import (
     CREATED_TIMESTAMP,
     EMBEDDED_AT,
@@ -44,6 +44,8 @@ VERSION_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 """A version names files, so that nothing else may stand in it."""
 ROW_GROUP = 16_384
 """Rows of a partition that are held in memory at a time: 25 MB of 384-d vectors."""
+READ_AHEAD = 1 << 20
+"""Bytes of a compressed column that are held in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read_release(inputs: Mapping[str, Path], version: str | None = None) -> Rele
         )
     if version is not None:
         check_version(version)
-    raw = {name: schemas.read_table(inputs[name], SCHEMAS[name]) for name in SCHEMAS if name in inputs}
+    raw = {name: _read(inputs[name], SCHEMAS[name]) for name in SCHEMAS if name in inputs}
     id_type = _common_id_type(raw, inputs)
     versions = {name: _version_of(raw[name], inputs[name]) for name in vectors}
     if len(set(versions.values())) > 1:
@@ -136,8 +138,9 @@ def content_hash(rows: pa.Table) -> str:
     """SHA-256 of a view's rows: equal rows in equal order have equal hashes under one version of Arrow."""
     sha = hashlib.sha256()
     with pa.ipc.new_stream(pa.PythonFile(_HashSink(sha), mode="w"), rows.schema.remove_metadata()) as stream:
-        for batch in rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP):
-            stream.write_batch(batch)
+        for start in range(0, len(rows), ROW_GROUP):
+            for batch in rows.slice(start, ROW_GROUP).combine_chunks().to_batches():  # however the table is chunked
+                stream.write_batch(batch)
     return sha.hexdigest()
 
 
@@ -169,9 +172,10 @@ def live_batches(path: Path, spec: ViewSpec) -> Iterator[pa.RecordBatch]:
     """The rows that a partition serves, without timestamps and without those that withdraw an id, in pieces."""
     names = [spec.join_key, *(name for name, _ in spec.features)]
     # Without both options Arrow loads whole column chunks, however small the batches.
-    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with pq.ParquetFile(path, buffer_size=READ_AHEAD, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=ROW_GROUP, columns=[*names, IS_DELETED]):
-            live = batch.filter(pc.invert(batch.column(IS_DELETED)))
+            gone = batch.column(IS_DELETED)
+            live = batch.filter(pc.invert(gone)) if pc.any(gone).as_py() else batch
             if len(live):
                 yield live.select(names)
 
@@ -203,12 +207,17 @@ def withdrawn_ids(partitions: Iterable[Path], spec: ViewSpec, rows: pa.Table) ->
     return known.filter(pc.invert(pc.is_in(known, value_set=rows.column(spec.join_key))))
 
 
+def aside_of(path: Path) -> Path:
+    """Where a partition is written before it is renamed into place; a killed publish leaves it there."""
+    return path.with_name(f".{path.name}.new")
+
+
 def write_partition(table: pa.Table, path: Path) -> None:
     """Write a partition aside and rename it into place, on disk for good.
 
     Vectors are not compressed: they are noise to a compressor, which would take most of the time.
     """
-    aside = path.with_name(f".{path.name}.new")
+    aside = aside_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with pq.ParquetWriter(
@@ -246,6 +255,23 @@ def build_partition(
         columns[EMBEDDED_AT] = pc.if_else(deleted, pa.scalar(None, pa.int64()), seconds)
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     return table.sort_by(spec.join_key) if len(withdrawn) else table  # the rows are sorted already
+
+
+def _read(path: Path, schema: schemas.TableSchema) -> pa.Table:
+    """An artefact, decoded in pieces: Arrow's way to read a file at once takes four times the memory of its rows.
+
+    Raises:
+        DataError: see `schemas.read_table`.
+    """
+    if not path.is_file():  # a folder of Spark's, in which each file is small
+        return schemas.read_table(path, schema)
+    try:
+        with pq.ParquetFile(path, buffer_size=READ_AHEAD, pre_buffer=False) as file:
+            table = pa.Table.from_batches(file.iter_batches(batch_size=ROW_GROUP), file.schema_arrow)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not readable Parquet ({error}): '{schema.name}' is read from there") from error
+    schema.check(table.schema, str(path))
+    return table
 
 
 def _common_id_type(raw: dict[str, pa.Table], inputs: Mapping[str, Path]) -> IdType:
@@ -295,7 +321,7 @@ def _latest(table: pa.Table, column: str, path: Path) -> datetime:
 
 
 def _dimension_of(table: pa.Table, path: Path) -> int:
-    vectors = table.column("embedding").combine_chunks()
+    vectors = table.column("embedding")
     lengths = pc.unique(pc.list_value_length(vectors)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:
         raise StoreError(

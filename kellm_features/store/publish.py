@@ -29,6 +29,7 @@ from kellm_features.store.definitions import Applied, apply_definitions
 from kellm_features.store.layout import CREATED_TIMESTAMP, DATA, EVENT_TIMESTAMP, VIEWS, ViewSpec
 from kellm_features.store.partitions import (
     Release,
+    aside_of,
     build_partition,
     content_hash,
     live_batches,
@@ -124,7 +125,7 @@ def _publish(repo: Path, config: OnlineConfig, backend: OnlineBackend, release: 
     if known is None or known.state != "published":
         version = _plan(repo, config, catalog, release, contents, applied)
         _drop_replaced(config, backend, known, version)
-        update(backend, lambda current: current.begin(version))
+        begin_version(backend, version, catalog)
     else:
         version = known
     _write_partitions(repo, release, version, catalog)
@@ -132,9 +133,51 @@ def _publish(repo: Path, config: OnlineConfig, backend: OnlineBackend, release: 
     _write_rows(repo, config, backend, version)
     if version.state == "published":
         return version
-    finished = update(backend, lambda current: current.finish(version.name, utc_now()))
+    finished = finish_version(backend, version)
     logger.info("published version %s into %s", version.name, config.where)
-    return finished.get(version.name)
+    return finished
+
+
+def begin_version(backend: OnlineBackend, version: Version, planned_on: Catalog) -> None:
+    """Note a version as being written.
+
+    Raises:
+        StoreError: versions came or went since it was planned, so that its numbers may be another's.
+    """
+
+    def transition(current: Catalog) -> Catalog:
+        if _parts(current) != _parts(planned_on):
+            raise _overtaken(backend, version)
+        return current.begin(version)
+
+    update(backend, transition)
+
+
+def finish_version(backend: OnlineBackend, version: Version) -> Version:
+    """Note a version as published.
+
+    Raises:
+        StoreError: what the catalog has under that name is no longer what this process began.
+    """
+
+    def transition(current: Catalog) -> Catalog:
+        if current.find(version.name) != version:
+            raise _overtaken(backend, version)
+        return current.finish(version.name, utc_now())
+
+    return update(backend, transition).get(version.name)
+
+
+def _parts(catalog: Catalog) -> object:
+    return catalog.next_number, [(version.name, version.state, version.views) for version in catalog.versions]
+
+
+def _overtaken(backend: OnlineBackend, version: Version) -> StoreError:
+    """A process that stood still lost its lease, and did not know: the catalog is what tells."""
+    return StoreError(
+        f"version {version.name} is not published: another publish or prune changed {backend.where} while this one "
+        f"stood still for too long and lost its lease; look at  kellm status  and publish again"
+    )
 
 
 def _plan(
@@ -171,7 +214,15 @@ def _plan(
             )
             number += 1
         views[name] = taken.model_copy(update={"ttl_s": applied.ttl_s.get(name, 0.0)})
-    return Version(name=release.version, state="writing", id_type=release.id_type, started_at=utc_now(), views=views)
+    own = [repo / _file_of(SPECS[name], release.version) for name in views]
+    return Version(
+        name=release.version,
+        state="writing",
+        id_type=release.id_type,
+        started_at=utc_now(),
+        views=views,
+        again=begun.again if begun else any(path.exists() for path in own),
+    )
 
 
 def _stamps(repo: Path, spec: ViewSpec, release: Release, catalog: Catalog) -> tuple[datetime, datetime]:
@@ -274,6 +325,9 @@ def delete_partitions(repo: Path, versions: Sequence[Version]) -> None:
     """Delete the partitions of versions that were never finished, and so never served."""
     for version in versions:
         for name, view in version.views.items():
-            if view.file == _file_of(SPECS[name], version.name):
-                path = repo / view.file
+            path = repo / view.file
+            if view.file != _file_of(SPECS[name], version.name):
+                continue
+            aside_of(path).unlink(missing_ok=True)
+            if not version.again:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # Spark writes folders

@@ -7,6 +7,7 @@ is asked again of that version, so that no answer ever mixes two and a promotion
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,17 +133,22 @@ class EmbeddingReader:
 
     async def get_async(self, ids: Sequence[Id], *, on_missing: OnMissing = "flag") -> Embeddings:
         """The same for an event loop. On SQLite and on a Redis Cluster it waits in a thread."""
-        plan = self._current()
+        known = self._plan
+        plan = known if known is not None else await asyncio.to_thread(self._refresh)
         keys = _checked(ids, plan.namespace)
         rows = await self._backend.fetch_async(plan.namespace, keys)
         if rows.token != plan.token:
-            plan = self._refresh()
+            plan = await asyncio.to_thread(self._refresh)
             rows = await self._backend.fetch_async(plan.namespace, keys)
         return self._assemble(plan, keys, rows, on_missing)
 
     def close(self) -> None:
         """Give the connections back; the reader opens them again when it is asked again."""
         self._backend.close()
+
+    async def aclose(self) -> None:
+        """Give back those of the running event loop, at its end."""
+        await self._backend.aclose()
 
     def __enter__(self) -> EmbeddingReader:
         return self

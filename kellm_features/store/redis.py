@@ -14,9 +14,11 @@ from typing import Any, Literal
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
 from feast.protos.feast.types.Value_pb2 import Value
+from pydantic import field_validator
 
+from kellm_features.errors import StoreError
 from kellm_features.store.repo import REDIS_TYPE, OnlineConfig
-from kellm_features.store.served import ServedVersions
+from kellm_features.store.served import ServedVersions, in_version, namespace_of
 
 
 class KellmRedisOnlineStoreConfig(RedisOnlineStoreConfig):
@@ -25,6 +27,16 @@ class KellmRedisOnlineStoreConfig(RedisOnlineStoreConfig):
     type: Literal["kellm_features.store.redis.KellmRedisOnlineStore"] = REDIS_TYPE  # type: ignore[assignment]  # Feast\'s own is the name of its own
     layout: Literal["stock", "packed"] = "stock"
     """stock: hashes as Feast writes them; packed: one string per id with a float16 vector, a third of the bytes."""
+
+    @field_validator("key_ttl_seconds")
+    @classmethod
+    def _rows_stay(cls, seconds: int | None) -> int | None:
+        if seconds:
+            raise ValueError(
+                f"key_ttl_seconds is {seconds}, and a row of any view of an entity written with it would let Redis "
+                f"delete the published rows of that entity: leave it out, and set a ttl on the feature view"
+            )
+        return seconds
 
 
 class KellmRedisOnlineStore(ServedVersions, RedisOnlineStore):
@@ -53,7 +65,38 @@ class KellmRedisOnlineStore(ServedVersions, RedisOnlineStore):
         )
         return row
 
+    def retrieve_online_documents_v2(self, config: RepoConfig, table: FeatureView, *args: Any, **kwargs: Any) -> Any:
+        """Not there: Redis without its search module has no vector search, in Feast as here.
+
+        Raises:
+            StoreError: always, for a view that kellm serves.
+        """
+        _refuse_search(in_version(config, table, self._served(config)), table.name)
+        return super().retrieve_online_documents_v2(config, table, *args, **kwargs)
+
+    def retrieve_online_documents(self, config: RepoConfig, table: FeatureView, *args: Any, **kwargs: Any) -> Any:
+        """Not there either."""
+        _refuse_search(in_version(config, table, self._served(config)), table.name)
+        return super().retrieve_online_documents(config, table, *args, **kwargs)
+
+    async def close(self) -> None:
+        """Give the connections back, Feast's as well: its own store leaves them to the garbage collector."""
+        await super().close()
+        clients, self._client, self._client_async = (self._client, self._client_async), None, None
+        if clients[0] is not None:
+            clients[0].close()
+        if clients[1] is not None:
+            await clients[1].aclose()
+
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> Any:
         """Delete all rows, versions and the catalog."""
         self._tear_down_versions(config)
         super().teardown(config, tables, entities)
+
+
+def _refuse_search(turned: FeatureView, name: str) -> None:
+    if namespace_of(turned) is not None:
+        raise StoreError(
+            f"{name} lies in Redis, which has no vector search: search it in a repository with KellmSqliteOnlineStore, "
+            f"or build an index over the version's partition (store.search.VectorIndex is exact)"
+        )

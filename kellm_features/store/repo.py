@@ -5,6 +5,7 @@ A serving process needs the project's name and where the online store is, and no
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -44,8 +45,8 @@ class OnlineConfig:
 
 
 def redis_address(connection_string: str) -> str:
-    """The `host:port` parts of a connection string, without its options."""
-    return ",".join(part for part in connection_string.split(",") if "=" not in part)
+    """The `host:port` parts of a connection string, and nothing else of it: the rest may be of a password."""
+    return ",".join(part for part in connection_string.split(",") if re.fullmatch(r"[^=:]+:\d+", part))
 
 
 def read_online_config(repo: Path | str) -> OnlineConfig:

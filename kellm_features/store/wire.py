@@ -107,39 +107,48 @@ def decode_vectors(values: Sequence[bytes | None], dim: int) -> tuple[NDArray[np
     """
     header = vector_header(dim)
     size = len(header) + 4 * dim
-    return matrix_of(values, size, len(header), np.dtype("<f4"), header)
+    vectors = vectors_of(values, size, dim, len(header), "<f4", header).astype(np.float32)
+    return with_missing(values, vectors)
 
 
-def matrix_of(
-    values: Sequence[bytes | None], size: int, start: int, dtype: np.dtype[Any], header: bytes = b""
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The vectors from byte `start` to the end of values of `size` bytes, as float32; NaN rows for missing values.
+def vectors_of(
+    values: Sequence[bytes | None], size: int, dim: int, start: int, dtype: str, header: bytes = b""
+) -> NDArray[Any]:
+    """The vectors that stand from byte `start` on in those values that are there.
+
+    Returns:
+        (M, E) of `dtype`, a view of the joined values: unaligned, and copied once by whatever is made of it.
 
     Raises:
-        StoreError: a value is of another size, or begins with another header.
+        StoreError: a value is not `size` bytes long, or begins with another header.
     """
-    dim = (size - start) // dtype.itemsize
     there = [value for value in values if value]
-    blob = b"".join(there)
-    if len(blob) != len(there) * size or any(len(value) != size for value in there) or not _begin(blob, size, header):
+    rows = np.frombuffer(b"".join(there), dtype=np.uint8)
+    if not set(map(len, there)) <= {size} or not _begin(rows.reshape(-1, size), header):
         seen = next((len(value) for value in there if len(value) != size), size)
         raise StoreError(
             f"a row holds {seen} bytes that are no vector of length {dim} ({size} bytes): something other than kellm "
             f"wrote to the store; publish the embeddings anew, under another version"
         )
-    rows = np.frombuffer(blob, dtype=np.uint8).reshape(len(there), size)[:, start:]
-    vectors = np.ascontiguousarray(rows).view(dtype).astype(np.float32, copy=False)
-    if len(there) == len(values):
+    row = np.dtype({"names": ["vector"], "formats": [(dtype, (dim,))], "offsets": [start], "itemsize": size})
+    vectors: NDArray[Any] = rows.view(row)["vector"]
+    return vectors
+
+
+def with_missing(
+    values: Sequence[bytes | None], vectors: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Vectors of the values that are there, with NaN rows for the others, and (N,) whether it is there."""
+    if len(vectors) == len(values):
         return vectors, np.ones(len(values), dtype=np.bool_)
     found = np.fromiter(map(bool, values), dtype=np.bool_, count=len(values))
-    full = np.full((len(values), dim), np.nan, dtype=np.float32)
+    full = np.full((len(values), vectors.shape[1]), np.nan, dtype=np.float32)
     full[found] = vectors
     return full, found
 
 
-def _begin(blob: bytes, size: int, header: bytes) -> bool:
-    rows = np.frombuffer(blob, dtype=np.uint8).reshape(-1, size)[:, : len(header)]
-    return bool((rows == np.frombuffer(header, dtype=np.uint8)).all())
+def _begin(rows: NDArray[np.uint8], header: bytes) -> bool:
+    return bool((rows[:, : len(header)] == np.frombuffer(header, dtype=np.uint8)).all())
 
 
 def _varint(value: int) -> bytes:
@@ -174,7 +183,9 @@ def _varints(values: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
 
 
 def _strings(array: pa.Array) -> list[bytes]:
-    return [b"" if text is None else b"\x12" + _delimited(text.encode()) for text in array.to_pylist()]
+    texts = array.to_pylist()
+    known = {text: b"" if text is None else b"\x12" + _delimited(text.encode()) for text in set(texts)}
+    return [known[text] for text in texts]  # most columns of texts hold a few, or one
 
 
 def _ints(array: pa.Array) -> list[bytes]:

@@ -282,7 +282,9 @@ def test_a_moved_repository_that_lost_its_online_store_is_published_to_again(sto
 def test_a_version_never_changes(story, tmp_path, make_run):
     changed = make_run(tmp_path / "run", "v1", seed=9)
     before = (partitions(story.repo), rollout.status(story.repo))
-    with pytest.raises(StoreError, match=r"version 'v1' was published on .* with other rows of .*, and a version never"):
+    with pytest.raises(
+        StoreError, match=r"version 'v1' was published on .* with other rows of .*, and a version never"
+    ):
         rollout.publish(story.repo, inputs(changed))
     assert (partitions(story.repo), rollout.status(story.repo)) == before
 
@@ -294,9 +296,7 @@ def test_a_version_can_be_given_a_name(tmp_path, make_run):
     assert rollout.promote(repo).name == "nightly-7"
     from feast import FeatureStore
 
-    rows = FeatureStore(str(repo)).get_online_features(
-        ["item_knowledge_embedding:embedding_version"], [{"item_id": 1}]
-    )
+    rows = FeatureStore(str(repo)).get_online_features(["item_knowledge_embedding:embedding_version"], [{"item_id": 1}])
     assert rows.to_dict()["embedding_version"] == ["nightly-7"]
     with pytest.raises(StoreError, match=r"the version's name is '\.\./x'; accepted: up to 100 letters"):
         rollout.publish(repo, inputs(run), version="../x")
@@ -375,7 +375,9 @@ def test_definitions_that_feast_refuses_publish_nothing(tmp_path, make_run):
     write_feature_repo(repo)
     (repo / "broken.py").write_text("raise ValueError('no such column: ünique')\n")
     run = make_run(tmp_path / "run")
-    with pytest.raises(StoreError, match=r"feast apply failed in .* \(ValueError: no such column: ünique\): nothing was"):
+    with pytest.raises(
+        StoreError, match=r"feast apply failed in .* \(ValueError: no such column: ünique\): nothing was"
+    ):
         rollout.publish(repo, inputs(run))
     assert partitions(repo) == []
     assert rollout.status(repo).versions == ()
@@ -387,7 +389,9 @@ def test_an_online_store_that_overwrites_in_place_is_refused(tmp_path, make_run)
     repo = tmp_path / "feature_repo"
     write_feature_repo(repo)
     yaml = (repo / "feature_store.yaml").read_text()
-    (repo / "feature_store.yaml").write_text(yaml.replace("kellm_features.store.sqlite.KellmSqliteOnlineStore", "sqlite"))
+    (repo / "feature_store.yaml").write_text(
+        yaml.replace("kellm_features.store.sqlite.KellmSqliteOnlineStore", "sqlite")
+    )
     run = make_run(tmp_path / "run")
     with pytest.raises(StoreError, match=r"online_store.type is 'sqlite', which overwrites rows in place .* set it to"):
         rollout.publish(repo, inputs(run))

@@ -88,7 +88,10 @@ class OnlineBackend(Protocol):
         """Delete the catalog."""
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back; those of event loops by `aclose`."""
+
+    async def aclose(self) -> None:
+        """Give back the connections that `fetch_async` holds for the running event loop."""
 
 
 def open_backend(config: OnlineConfig) -> OnlineBackend:
@@ -114,8 +117,11 @@ def update(backend: OnlineBackend, transition: Transition) -> Catalog:
     Raises:
         StoreError: what the transition found wrong, or others kept changing the catalog.
     """
+    after: Catalog | None = None
     for _ in range(SWAPS):
         before = backend.catalog()
+        if before == after:  # the last swap was made after all: its answer was lost, and asked for again
+            return before
         after = transition(before)
         if after == before or backend.swap(before, after):
             return after

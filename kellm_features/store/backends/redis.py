@@ -7,6 +7,7 @@ asks for the token with every request at the price of a few bytes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -22,35 +23,57 @@ import mmh3
 import pyarrow as pa
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialBackoff
 from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import RedisClusterException
+from redis.retry import Retry
 
 from kellm_features.errors import StoreError, first_line
 from kellm_features.store import packed, wire
-from kellm_features.store.backends import Id, Namespace, Rows
+from kellm_features.store.backends import Id, Namespace, Rows, resp
+from kellm_features.store.backends.resp import Batch, Command
 from kellm_features.store.catalog import Catalog, parse_catalog
 from kellm_features.store.repo import OnlineConfig, redis_address
 
-Command = tuple[bytes | str, ...]
 T = TypeVar("T")
+
+_FAILURES = (redis.RedisError, RedisClusterException, OSError)
+"""What redis-py raises; the cluster's exception is none of its own family."""
 
 LEASE_S = 30
 """A publisher that stops renewing its lease has lost it after this long; it renews three times as often."""
 WRITE_ROWS = 1000
 """Rows per pipeline: a few MB of 384-d vectors."""
 SCAN_COUNT = 5000
+RETRIES = 2
+"""Attempts after the first to connect or to ask."""
+
+# A Redis at its maxmemory refuses SET, but not in a script that has begun to write: each begins with a DEL, so that
+# a full store can still be rolled back and pruned.
 
 # Compare-and-set of the catalog: KEYS catalog, token; ARGV what is expected ('' for nothing), the new one, its token.
 _SWAP = """
 local seen = redis.call('GET', KEYS[1])
 if (seen or '') ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[2])
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('SET', KEYS[2], ARGV[3])
+return 1
+"""
+_ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) else return 0 end"
 _RENEW = (
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) else return 0 end"
 )
+
+_HELD: set[bytes] = set()
+"""Leases of this process."""
 
 
 class RedisBackend:
@@ -98,6 +121,7 @@ class RedisBackend:
                     f"another publish into {self.where} is running ({who}): wait for it and try again; if it was "
                     f"killed, its claim ends within {LEASE_S} s"
                 )
+        _HELD.add(token)
         stop = threading.Event()
         renewal = threading.Thread(target=self._renew, args=(token, stop), name="kellm-lease", daemon=True)
         renewal.start()
@@ -106,7 +130,9 @@ class RedisBackend:
         finally:
             stop.set()
             renewal.join()
-            self._ask(lambda client: client.eval(_RELEASE, 1, self._lease, token))
+            _HELD.discard(token)
+            with suppress(StoreError):  # the lease ends by itself, and an error of the publish must not be hidden
+                self._ask(lambda client: client.eval(_RELEASE, 1, self._lease, token))
 
     def write(self, namespace: Namespace, batch: pa.RecordBatch, event_us: int) -> int:
         """Write rows that are not there yet; how many were not."""
@@ -121,12 +147,23 @@ class RedisBackend:
     def fetch(self, namespace: Namespace, ids: Sequence[Id]) -> Rows:
         """Embeddings and the token, read together."""
         reader = self._reader(namespace)
-        return reader.rows(self._run(reader.commands(ids)))
+        return reader.rows(self._send(reader.batches(ids)))
 
     async def fetch_async(self, namespace: Namespace, ids: Sequence[Id]) -> Rows:
         """The same without blocking the event loop."""
+        if self._config.redis_type == "redis_cluster":
+            return await asyncio.to_thread(self.fetch, namespace, ids)
         reader = self._reader(namespace)
-        return reader.rows(await self._run_async(reader.commands(ids)))
+        batches = reader.batches(ids)
+        try:
+            try:
+                answers = await resp.through_pool_async(self._async_pool(), batches)
+            except redis.ConnectionError:
+                # Cut while it lay idle, which redis.asyncio, other than redis-py's sockets, finds out by using it.
+                answers = await resp.through_pool_async(self._async_pool(), batches)
+        except _FAILURES as error:
+            raise self._silent(error) from error
+        return reader.rows(answers)
 
     def drop(self, namespace: Namespace) -> int:
         """Delete a namespace: its strings, or its fields in the entities' hashes."""
@@ -148,11 +185,17 @@ class RedisBackend:
         if client is not None and self._pid == os.getpid():
             client.close()
 
+    async def aclose(self) -> None:
+        """Give back the connections of the running event loop."""
+        client = self._asyncs.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose(close_connection_pool=True)
+
     def _write_stock(self, namespace: Namespace, batch: pa.RecordBatch, event_us: int) -> int:
         keys = self._keys(namespace).encode(batch.column(namespace.spec.join_key).to_pylist())
         time_field, time = _time_field(namespace), wire.encode_timestamp(event_us)
         now = wire.decode_timestamp(time)
-        there = self._run([(b"HGET", key, time_field) for key in keys])
+        there = self._send([Batch((b"HGET", None, time_field), [keys])])
         fresh = _first_of_each(keys, [seen is None or wire.decode_timestamp(seen) < now for seen in there])
         if not fresh:
             return 0
@@ -160,24 +203,14 @@ class RedisBackend:
         fields = _fields(namespace)
         columns = [wire.encode_column(part.column(name), kind) for name, kind in namespace.spec.features]
         names = [fields[name] for name, _ in namespace.spec.features]
-        self._run(
-            [
-                (
-                    b"HSET",
-                    keys[place],
-                    time_field,
-                    time,
-                    *[part for pair in zip(names, row, strict=True) for part in pair],
-                )
-                for place, row in zip(fresh, zip(*columns, strict=True), strict=True)
-            ]
-        )
+        parts = [b"HSET", None, time_field, time, *[part for name in names for part in (name, None)]]
+        self._send([Batch(parts, [[keys[place] for place in fresh], *columns])])
         return len(fresh)
 
     def _write_packed(self, namespace: Namespace, batch: pa.RecordBatch, event_us: int) -> int:
         prefix = packed.key_prefix(self._project, namespace.name)
         keys = [prefix + key for key in packed.encode_ids(batch.column(namespace.spec.join_key).to_pylist())]
-        there = packed.event_times(self._run([(b"GETRANGE", key, b"0", b"7") for key in keys]))
+        there = packed.event_times(self._send([Batch((b"GETRANGE", None, b"0", b"7"), [keys])]))
         now = event_us / 1e6
         fresh = _first_of_each(keys, [seen is None or seen < now for seen in there])
         if not fresh:
@@ -186,7 +219,7 @@ class RedisBackend:
         vector, *others = namespace.spec.features
         tails = [wire.encode_column(part.column(name), kind) for name, kind in others]
         rows = packed.encode_rows(part.column(vector[0]), event_us, tails)
-        self._run([(b"SET", keys[place], row) for place, row in zip(fresh, rows, strict=True)])
+        self._send([Batch((b"SET", None, None), [[keys[place] for place in fresh], rows])])
         return len(fresh)
 
     def _delete(self, prefix: bytes, commands: Callable[[list[bytes]], list[Command]], suffix: bytes = b"") -> int:
@@ -219,35 +252,25 @@ class RedisBackend:
 
     def _run(self, commands: list[Command]) -> list[Any]:
         """The answers to commands sent in one go."""
+        return self._send([Batch(command) for command in commands])
+
+    def _send(self, batches: Sequence[Batch]) -> list[Any]:
+        """The answers to batches of commands sent in one go."""
         client = self._connected()
         if isinstance(client, RedisCluster):
+            commands = [command for batch in batches for command in batch.commands()]
             return self._guarded(lambda: _through_cluster(client, commands))
-        return self._guarded(lambda: _through_pool(client.connection_pool, commands))
+        return self._guarded(lambda: resp.through_pool(client.connection_pool, batches))
 
-    async def _run_async(self, commands: list[Command]) -> list[Any]:
-        import asyncio
-
-        if self._config.redis_type == "redis_cluster":
-            return await asyncio.to_thread(self._run, commands)
+    def _async_pool(self) -> Any:
+        """Connections of the running event loop."""
         loop = asyncio.get_running_loop()
         client = self._asyncs.get(loop)
         if client is None:
             for closed in [known for known in self._asyncs if known.is_closed()]:
                 del self._asyncs[closed]
             client = self._asyncs[loop] = _connect_async(self._config)
-        try:
-            pool = client.connection_pool
-            connection = await pool.get_connection()
-            try:
-                await connection.send_packed_command(connection.pack_commands(commands))
-                return [await connection.read_response(disable_decoding=True) for _ in commands]
-            except BaseException:  # answers may be under way: the connection is not to be used again
-                await connection.disconnect(nowait=True)
-                raise
-            finally:
-                await pool.release(connection)
-        except redis.RedisError as error:
-            raise self._silent(error) from error
+        return client.connection_pool
 
     def _ask(self, question: Callable[[Any], T]) -> T:
         client = self._connected()
@@ -256,10 +279,15 @@ class RedisBackend:
     def _guarded(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except (redis.RedisError, OSError) as error:
+        except _FAILURES as error:
             raise self._silent(error) from error
 
     def _silent(self, error: Exception) -> StoreError:
+        if isinstance(error, redis.exceptions.OutOfMemoryError):
+            return StoreError(
+                f"{self.where} is full ({first_line(error)}): raise its maxmemory or delete old versions with  kellm "
+                f"prune, and try again; what is served is unchanged"
+            )
         return StoreError(
             f"{self.where} did not answer ({type(error).__name__}: {first_line(error)}): check that it runs and that "
             f"online_store.connection_string holds its address and password"
@@ -275,7 +303,7 @@ class RedisBackend:
         return self._client
 
     def _acquire(self, token: bytes) -> bool:
-        return bool(self._ask(lambda client: client.set(self._lease, token, nx=True, px=LEASE_S * 1000)))
+        return bool(self._ask(lambda client: client.eval(_ACQUIRE, 1, self._lease, token, LEASE_S * 1000)))
 
     def _renew(self, token: bytes, stop: threading.Event) -> None:
         while not stop.wait(LEASE_S / 3):
@@ -289,26 +317,36 @@ class RedisBackend:
         words = held.decode(errors="replace").split()
         if len(words) < 3 or words[0] != socket.gethostname() or not words[2].isdigit():
             return False
-        try:
-            os.kill(int(words[2]), 0)
-        except ProcessLookupError:
+        if not _is_running(int(words[2]), held):
             self._ask(lambda client: client.eval(_RELEASE, 1, self._lease, held))
             return True
-        except PermissionError:
-            return False
         return False
+
+
+def _is_running(pid: int, lease: bytes) -> bool:
+    """Whether the holder of a lease of this machine lives. Process ids repeat: a restarted container has its own."""
+    if pid == os.getpid():
+        return lease in _HELD
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class _Reader:
     """Commands and answers of one namespace."""
 
     def __init__(self, token: bytes, project: str, namespace: Namespace, keys: wire.EntityKeys) -> None:
-        self._ask_token: Command = (b"GET", token)
+        self._ask_token = Batch((b"GET", token))
         self._keys = keys
         self._prefix = packed.key_prefix(project, namespace.name)
         self._fields = (_fields(namespace)[namespace.spec.features[0][0]], _time_field(namespace))
 
-    def commands(self, ids: Sequence[Id]) -> list[Command]:
+    def batches(self, ids: Sequence[Id]) -> list[Batch]:
+        """What asks for the token and the rows."""
         raise NotImplementedError
 
     def rows(self, answers: list[Any]) -> Rows:
@@ -316,9 +354,8 @@ class _Reader:
 
 
 class _StockReader(_Reader):
-    def commands(self, ids: Sequence[Id]) -> list[Command]:
-        vector, time = self._fields
-        return [self._ask_token, *[(b"HMGET", key, vector, time) for key in self._keys.encode(ids)]]
+    def batches(self, ids: Sequence[Id]) -> list[Batch]:
+        return [self._ask_token, Batch((b"HMGET", None, *self._fields), [self._keys.encode(ids)])]
 
     def rows(self, answers: list[Any]) -> Rows:
         token, *rows = answers
@@ -327,10 +364,10 @@ class _StockReader(_Reader):
 
 
 class _PackedReader(_Reader):
-    def commands(self, ids: Sequence[Id]) -> list[Command]:
+    def batches(self, ids: Sequence[Id]) -> list[Batch]:
         prefix = self._prefix
         keys = [prefix + key for key in packed.encode_ids(ids)]
-        return [self._ask_token, (b"MGET", *keys)] if keys else [self._ask_token]
+        return [self._ask_token, Batch((b"MGET", *keys))] if keys else [self._ask_token]
 
     def rows(self, answers: list[Any]) -> Rows:
         values = answers[1] if len(answers) > 1 else []
@@ -365,20 +402,6 @@ def _literal(text: bytes) -> bytes:
     )
 
 
-def _through_pool(pool: Any, commands: list[Command]) -> list[Any]:
-    """Send commands over one connection and read their answers: redis-py's pipeline without its bookkeeping."""
-    connection = pool.get_connection()
-    try:
-        connection.send_packed_command(connection.pack_commands(commands))
-        read = connection.read_response
-        return [read(disable_decoding=True) for _ in commands]
-    except BaseException:  # answers may be under way: the connection is not to be used again
-        connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
-
-
 def _through_cluster(client: RedisCluster, commands: list[Command]) -> list[Any]:
     """The same over all nodes; an MGET of keys in many slots becomes one GET each."""
     pipeline = client.pipeline()
@@ -395,26 +418,37 @@ def _through_cluster(client: RedisCluster, commands: list[Command]) -> list[Any]
 def _options(config: OnlineConfig) -> tuple[list[tuple[str, int]], dict[str, Any]]:
     """Addresses and options of a connection string, read as Feast reads it."""
     options: dict[str, Any] = {}
-    for part in config.connection_string.split(","):
+    addresses = []
+    for place, part in enumerate(config.connection_string.split(","), start=1):
         name, sign, value = part.partition("=")
         if sign:
             try:
                 options[name] = json.loads(value)
             except json.JSONDecodeError:
                 options[name] = value
-    addresses = []
-    for part in redis_address(config.connection_string).split(","):
-        host, _, port = part.rpartition(":")
-        if not host or not port.isdigit():
-            raise StoreError(f"online_store.connection_string names {part!r}: expected host:port, as in redis:6379")
-        addresses.append((host, int(port)))
+        elif redis_address(part):
+            host, port = part.split(":")
+            addresses.append((host, int(port)))
+        else:  # not shown: it may be the end of a password
+            raise StoreError(
+                f"part {place} of online_store.connection_string is neither host:port nor option=value, as in "
+                f"redis:6379,password=word: it is cut at each comma, so that a password must not hold one"
+            )
+    if not addresses:
+        raise StoreError("online_store.connection_string names no host:port, as in redis:6379")
     return addresses, {"socket_connect_timeout": 5, "socket_timeout": 30, **options}
+
+
+def _retries() -> ExponentialBackoff:
+    """Waits between attempts: a request that cannot be answered says so within a second, not redis-py's ten."""
+    return ExponentialBackoff(cap=0.2, base=0.02)
 
 
 def _connect(config: OnlineConfig) -> redis.Redis | RedisCluster:
     addresses, options = _options(config)
     if config.redis_type == "redis_cluster":
         return RedisCluster(startup_nodes=[ClusterNode(*address) for address in addresses], **options)
+    options.setdefault("retry", Retry(_retries(), RETRIES))
     if config.redis_type == "redis_sentinel":
         master: redis.Redis = redis.Sentinel(addresses, **options).master_for(config.sentinel_master)
         return master
@@ -424,6 +458,7 @@ def _connect(config: OnlineConfig) -> redis.Redis | RedisCluster:
 
 def _connect_async(config: OnlineConfig) -> redis.asyncio.Redis:
     addresses, options = _options(config)
+    options.setdefault("retry", AsyncRetry(_retries(), RETRIES))
     if config.redis_type == "redis_sentinel":
         master: redis.asyncio.Redis = redis.asyncio.Sentinel(addresses, **options).master_for(config.sentinel_master)
         return master

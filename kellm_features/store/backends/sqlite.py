@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -25,6 +26,8 @@ IDS_PER_QUERY = 30_000
 """SQLite takes 32,766 parameters in one statement."""
 BUSY_S = 30.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_INHERITED: list[sqlite3.Connection] = []
+"""Connections of the parent process, kept from the garbage collector: SQLite forbids a fork even to close them."""
 
 
 class SqliteBackend:
@@ -126,6 +129,14 @@ class SqliteBackend:
         """The same without blocking the event loop."""
         return await asyncio.to_thread(self.fetch, namespace, ids)
 
+    def vectors(self, namespace: Namespace) -> tuple[list[bytes], list[bytes]]:
+        """All entity keys of a namespace of embeddings, and as many serialized vectors."""
+        table = _quoted(f"{self._project}_{namespace.name}")
+        with self._guarded() as db:
+            feature = namespace.spec.features[0][0]
+            rows = db.execute(f"SELECT entity_key, value FROM {table} WHERE feature_name = ?", (feature,)).fetchall()
+        return [key for key, _ in rows], [value for _, value in rows]
+
     def drop(self, namespace: Namespace) -> int:
         """Drop the namespace's table."""
         table = _quoted(f"{self._project}_{namespace.name}")
@@ -146,10 +157,16 @@ class SqliteBackend:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        db = getattr(self._local, "db", None)
-        if db is not None and self._local.pid == os.getpid():
-            db.close()
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is not None:
+            if self._local.pid == os.getpid():
+                db.close()
+            else:
+                _INHERITED.append(db)
         self._local.db = None
+
+    async def aclose(self) -> None:
+        """Nothing to do: threads that waited for an event loop close theirs as they end."""
 
     def _keys(self, namespace: Namespace) -> wire.EntityKeys:
         return wire.EntityKeys(namespace.spec.join_key, namespace.id_type)
@@ -180,16 +197,25 @@ class SqliteBackend:
             ) from error
 
     def _connected(self, create: bool) -> sqlite3.Connection:
-        """This thread's connection; a fork opens its own, as SQLite asks for."""
+        """This thread's connection; a fork opens its own, and so does everybody where the file was replaced."""
         db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is None or self._local.pid != os.getpid():
+        if db is None or self._local.pid != os.getpid() or self._local.inode != file_inode(self._path):
+            self.close()
             if create:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")  # what is told to be published survives a power cut
-            self._local.db, self._local.pid = db, os.getpid()
+            self._local.db, self._local.pid, self._local.inode = db, os.getpid(), file_inode(self._path)
         return db
+
+
+def file_inode(path: Path) -> int:
+    """The file's identity; 0 where there is none. A restored backup or a teardown changes it under a live reader."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
@@ -197,10 +223,10 @@ def _transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[No
     db.execute(f"BEGIN {mode}")
     try:
         yield
+        db.commit()
     except BaseException:
         db.rollback()
         raise
-    db.commit()
 
 
 def _quoted(name: str) -> str:
