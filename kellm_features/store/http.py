@@ -67,6 +67,8 @@ class Reader(Protocol):
 
     def close(self) -> None: ...
 
+    async def aclose(self) -> None: ...
+
 
 def create_app(
     readers: Mapping[str, Reader],
@@ -97,6 +99,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         for reader in readers.values():
+            await reader.aclose()
             reader.close()
 
     app = FastAPI(

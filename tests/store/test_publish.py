@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kellm_features import Embeddings, EmbeddingReader
+from kellm_features import EmbeddingReader, Embeddings
 from kellm_features.errors import StoreError
 from kellm_features.settings import Settings, VerifySettings
 from kellm_features.store import publish as publishing
@@ -437,8 +437,8 @@ def test_one_request_takes_more_ids_than_sqlite_has_parameters(story):
 def test_rollback_prune_and_grace(tmp_path, make_run):
     repo = tmp_path / "feature_repo"
     runs = {name: make_run(tmp_path / name, name, seed=seed) for seed, name in enumerate(("a", "b", "c"))}
+    write_feature_repo(repo)
     with pytest.raises(StoreError, match="nothing is published: run  kellm publish"):
-        write_feature_repo(repo)
         rollout.rollback(repo)
     for name, run in runs.items():
         rollout.publish(repo, inputs(run))

@@ -136,6 +136,9 @@ class Odd:
     def close(self) -> None:
         self.closed = True
 
+    async def aclose(self) -> None:
+        """Nothing is held for an event loop."""
+
 
 def test_a_fault_is_told_without_its_trace(caplog: pytest.LogCaptureFixture) -> None:
     reader = Odd()
@@ -201,8 +204,6 @@ def redis_server(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]
 
 @pytest.mark.redis
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # redis-py's asyncio client leaves its sockets to the collector
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the same, told by the collector
 @pytest.mark.parametrize("layout", ["stock", "packed"])
 def test_on_redis(tmp_path: Path, redis_server: tuple[int, subprocess.Popen[bytes]], layout: str) -> None:
     port, process = redis_server
