@@ -24,6 +24,8 @@ from kellm_features.store.repo import OnlineConfig
 
 IDS_PER_QUERY = 30_000
 """SQLite takes 32,766 parameters in one statement."""
+WRITE_ROWS = 2000
+"""Rows of a transaction."""
 BUSY_S = 30.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INHERITED: list[sqlite3.Connection] = []
@@ -72,7 +74,16 @@ class SqliteBackend:
         yield
 
     def write(self, namespace: Namespace, batch: pa.RecordBatch, event_us: int) -> int:
-        """Write rows that are not there yet, in one transaction; how many were not."""
+        """Write rows that are not there yet; how many were not.
+
+        In small transactions: a promotion beside it waits for the one under way.
+        """
+        return sum(
+            self._write(namespace, batch.slice(start, WRITE_ROWS), event_us)
+            for start in range(0, len(batch), WRITE_ROWS)
+        )
+
+    def _write(self, namespace: Namespace, batch: pa.RecordBatch, event_us: int) -> int:
         spec = namespace.spec
         table = _quoted(f"{self._project}_{namespace.name}")
         keys = self._keys(namespace).encode(batch.column(spec.join_key).to_pylist())
