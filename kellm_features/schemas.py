@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -255,4 +256,33 @@ def write_table(table: pa.Table, path: Path, schema: TableSchema) -> None:
                 f"{table.column(column.name).null_count} nulls and may hold none"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd")
+    pq.write_table(table, path, **parquet_options(table.schema))
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How tables of this project are encoded: zstd, and vectors of float32 as they are.
+
+    A vector is noise to a compressor, a dictionary and a range of values, which would take most of the time of
+    writing and of reading.
+    """
+    vectors = [field.name for field in schema if _is_vector(field.type)]
+    plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    leaves = [name for name in _leaves(schema) if name.partition(".")[0] not in vectors]
+    return {
+        "compression": {name: "zstd" if name in leaves else "none" for name in _leaves(schema)},
+        "use_dictionary": plain,
+        "write_statistics": leaves,
+    }
+
+
+def _is_vector(type_: pa.DataType) -> bool:
+    nested = pa.types.is_list(type_) or pa.types.is_fixed_size_list(type_)
+    return bool(nested and pa.types.is_float32(type_.value_type))
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The columns' paths in Parquet's own naming."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    parquet = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [parquet.column(place).path for place in range(len(parquet))]

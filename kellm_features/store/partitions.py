@@ -213,16 +213,11 @@ def aside_of(path: Path) -> Path:
 
 
 def write_partition(table: pa.Table, path: Path) -> None:
-    """Write a partition aside and rename it into place, on disk for good.
-
-    Vectors are not compressed: they are noise to a compressor, which would take most of the time.
-    """
+    """Write a partition aside and rename it into place, on disk for good."""
     aside = aside_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with pq.ParquetWriter(
-            aside, table.schema, compression=_compression(table.schema), use_dictionary=_dictionaries(table.schema)
-        ) as writer:
+        with pq.ParquetWriter(aside, table.schema, **schemas.parquet_options(table.schema)) as writer:
             writer.write_table(table, row_group_size=ROW_GROUP)
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -295,20 +290,6 @@ def _version_of(table: pa.Table, path: Path) -> str:
         raise StoreError(f"{path} holds the versions {versions[:3]!r}: one table is one version")
     check_version(str(versions[0]))
     return str(versions[0])
-
-
-def _compression(schema: pa.Schema) -> dict[str, str]:
-    return {_leaf(field): "none" if field.name == "embedding" else "zstd" for field in schema}
-
-
-def _dictionaries(schema: pa.Schema) -> list[str]:
-    """Columns with repeated values. A column of vectors or scores would only be hashed for nothing."""
-    return [_leaf(field) for field in schema if not pa.types.is_list(field.type)]
-
-
-def _leaf(field: pa.Field) -> str:
-    """The path of a column's values in Parquet's own naming."""
-    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 def _latest(table: pa.Table, column: str, path: Path) -> datetime:
