@@ -180,6 +180,16 @@ def live_batches(path: Path, spec: ViewSpec) -> Iterator[pa.RecordBatch]:
                 yield live.select(names)
 
 
+def served_batches(rows: pa.Table, spec: ViewSpec, event: datetime) -> Iterator[pa.RecordBatch]:
+    """A view's rows as its partition serves them, in pieces: join key and all features."""
+    for batch in rows.to_batches(max_chunksize=ROW_GROUP):
+        if EMBEDDED_AT in dict(spec.features):
+            batch = batch.append_column(
+                EMBEDDED_AT, pa.repeat(pa.scalar(int(event.timestamp()), pa.int64()), len(batch))
+            )
+        yield batch
+
+
 def same_rows(path: Path, spec: ViewSpec, rows: pa.Table) -> bool:
     """Whether a partition serves just these rows. For content hashes of another version of Arrow."""
     start = 0

@@ -32,8 +32,8 @@ from kellm_features.store.partitions import (
     aside_of,
     build_partition,
     content_hash,
-    live_batches,
     same_rows,
+    served_batches,
     stamp,
     withdrawn_ids,
     write_partition,
@@ -129,8 +129,7 @@ def _publish(repo: Path, config: OnlineConfig, backend: OnlineBackend, release: 
     else:
         version = known
     _write_partitions(repo, release, version, catalog)
-    release.tables.clear()  # the partitions hold all of it, and are read in pieces
-    _write_rows(repo, config, backend, version)
+    _write_rows(config, backend, release, version)
     if version.state == "published":
         return version
     finished = finish_version(backend, version)
@@ -294,22 +293,15 @@ def _write_partitions(repo: Path, release: Release, version: Version, catalog: C
             ) from error
 
 
-def _write_rows(repo: Path, config: OnlineConfig, backend: OnlineBackend, version: Version) -> None:
-    total = sum(view.rows for view in version.views.values())
+def _write_rows(config: OnlineConfig, backend: OnlineBackend, release: Release, version: Version) -> None:
+    total = sum(len(rows) for rows in release.tables.values())
     with track("online store", total) as advance:
-        for name, view in version.views.items():
-            namespace = online_namespace(config.project, version, name)
-            event_us = (view.event - EPOCH) // timedelta(microseconds=1)
-            rows = 0
-            for batch in live_batches(repo / view.file, namespace.spec):
+        for name, rows in release.tables.items():
+            namespace, event = online_namespace(config.project, version, name), version.views[name].event
+            event_us = (event - EPOCH) // timedelta(microseconds=1)
+            for batch in served_batches(rows, namespace.spec, event):
                 backend.write(namespace, batch, event_us)
-                rows += len(batch)
                 advance(len(batch), name)
-            if rows != view.rows:
-                raise StoreError(
-                    f"{repo / view.file} serves {rows:,} rows and {view.rows:,} were published: restore it from a "
-                    f"backup"
-                )
 
 
 def _file_of(spec: ViewSpec, version: str) -> str:
