@@ -32,7 +32,8 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,12 @@ TAGS = 3
 BAD = "mixed wrong missing stale errors".split()
 ANSWERS = ["responses", *BAD]
 TIMES = "promote_p50_ms promote_p99_ms promote_max_ms".split()
-GET = "get_p50_ms get_p99_ms get_max_ms".split()
+GET = "get_p50_ms get_p99_ms get_p999_ms get_max_ms".split()
+RSS = "rss_early_mib rss_end_mib".split()
+"""Resident memory of the largest reader, a tenth of the time in and at the end."""
 VISIBLE = "visible_p50_ms visible_p99_ms visible_max_ms".split()
 FIELDS = ["store", "items", "dim", "ids", "readers", "pause_ms", "seconds", "switches", "published", "pruned", *ANSWERS]
-FIELDS += [*VISIBLE, *GET, *(f"feast_{name}" for name in (*ANSWERS, *VISIBLE, *GET)), *TIMES]
+FIELDS += [*VISIBLE, *GET, *RSS, *(f"feast_{name}" for name in (*ANSWERS, *VISIBLE, *GET, *RSS)), *TIMES]
 FIELDS += "machine cores memory_gib python sqlite redis_server redis feast commit date".split()
 
 Row = dict[str, Any]
@@ -84,6 +87,7 @@ class Job:
     ids: int
     seed: int
     pause_s: float
+    seconds: float
     ready: Any
     """Barrier that all wait at once they are connected."""
     stop: Any
@@ -153,7 +157,10 @@ def soak(store: str, folder: Path, online: str, options: argparse.Namespace) -> 
     roles = [switch, publish, read_feast, *[read] * options.readers]
     ready, stop = context.Barrier(len(roles) + 1), context.Event()
     sizes = (options.items, options.dim, options.ids)
-    told = [Job(repo, folder, *sizes, seed, options.pause_ms / 1e3, ready, stop) for seed in range(len(roles))]
+    told = [
+        Job(repo, folder, *sizes, seed, options.pause_ms / 1e3, options.seconds, ready, stop)
+        for seed in range(len(roles))
+    ]
     processes = [context.Process(target=role, args=(job,)) for role, job in zip(roles, told, strict=True)]
     for process in processes:
         process.start()
@@ -270,7 +277,9 @@ def ask_on(job: Job, ask: Callable[[NDArray[np.int64]], tuple[str, Matrix, NDArr
     rng = np.random.default_rng(job.seed)
     right = np.stack([vectors(number, job.items, job.dim) for number, _ in enumerate(NAMES, start=1)])
     ask(np.arange(1, 3))
-    made = []
+    made = array("d")  # three numbers a response: what is kept must not look like a leak
+    memory: list[float] = []
+    early = time.monotonic() + job.seconds / 10
     errors: list[str] = []
     counts = dict.fromkeys(BAD, 0)
     job.ready.wait()
@@ -288,11 +297,17 @@ def ask_on(job: Job, ask: Callable[[NDArray[np.int64]], tuple[str, Matrix, NDArr
         counts["mixed"] += numbers != {float(version + 1)}
         counts["missing"] += int((~found).sum())
         counts["wrong"] += int((values[found] != right[version][ids[found] - 1]).any(axis=1).sum())
-        made.append((start, end, version))
+        made.extend((start, end, version))
+        if end > early and not memory:
+            memory.append(psutil.Process().memory_info().rss / 2**20)
         time.sleep(job.pause_s)
+    memory.append(psutil.Process().memory_info().rss / 2**20)
     counts["errors"] = len(errors)
-    np.save(job.folder / f"{job.seed}.npy", np.array(made, dtype=[("start", float), ("end", float), ("version", int)]))
-    (job.folder / f"{job.seed}.json").write_text(json.dumps(counts | {"first_error": errors[:1]}))
+    rows = np.frombuffer(made).reshape(-1, 3)
+    kept = np.rec.fromarrays([rows[:, 0], rows[:, 1], rows[:, 2].astype(int)], names="start,end,version")
+    np.save(job.folder / f"{job.seed}.npy", kept)
+    told_last = {"first_error": errors[:1], "memory": memory}
+    (job.folder / f"{job.seed}.json").write_text(json.dumps(counts | told_last))
 
 
 def answered(folder: Path, readers: Any, switches: Any) -> Row:
@@ -300,18 +315,22 @@ def answered(folder: Path, readers: Any, switches: Any) -> Row:
     row: Row = dict.fromkeys(ANSWERS, 0)
     seen: list[float] = []
     took: list[float] = []
+    memory: list[list[float]] = []
     for reader in readers:
         made = np.load(folder / f"{reader}.npy")
         told = json.loads((folder / f"{reader}.json").read_text())
         for error in told.pop("first_error"):
             print(f"reader {reader}: {error}")
+        memory.append(told.pop("memory"))
         for name, count in told.items():
             row[name] += count
         row["responses"] += len(made)
         row["stale"] += stale(made, switches)
         seen += visible(made, switches)
         took += ((made["end"] - made["start"]) * 1e3).tolist()
-    return row | dict(zip((*VISIBLE, *GET), [*percentiles(seen), *percentiles(took)], strict=True))
+    largest = [round(max(ends), 1) for ends in zip(*memory, strict=True)]
+    figures = [*percentiles(seen), *percentiles(took, [50, 99, 99.9, 100]), *largest]
+    return row | dict(zip((*VISIBLE, *GET, *RSS), figures, strict=True))
 
 
 def stale(made: Any, switches: Any) -> int:
@@ -340,9 +359,11 @@ def visible(made: Any, switches: Any) -> list[float]:
     return out
 
 
-def percentiles(values: Any) -> list[float]:
-    """The 50th, the 99th, and the greatest."""
-    return [round(float(value), 3) for value in np.percentile(values, [50, 99, 100])] if len(values) else [np.nan] * 3
+def percentiles(values: Any, wanted: Sequence[float] = (50, 99, 100)) -> list[float]:
+    """The wanted percentiles; NaN where nothing was measured."""
+    if not len(values):
+        return [np.nan] * len(wanted)
+    return [round(float(value), 3) for value in np.percentile(values, wanted)]
 
 
 def where(options: argparse.Namespace) -> Row:
@@ -369,7 +390,7 @@ def show(row: Row) -> None:
         f"\n{row['store']}: {row['items']:,} items x {row['dim']}, {row['seconds']:g} s, {row['switches']:,} switches, "
         f"{row['published']} versions published and {row['pruned']} pruned"
     )
-    names = [*ANSWERS, *VISIBLE, *GET]
+    names = [*ANSWERS, *VISIBLE, *GET, *RSS]
     print(f"{'':16}{row['readers']:>6} readers{'FeatureStore':>16}")
     for name in names:
         print(f"{name:16}{row[name]:>14,}{row[f'feast_{name}']:>16,}")
