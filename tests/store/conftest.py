@@ -290,10 +290,6 @@ def make_repo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-KINDS = ("sqlite", "redis", "packed")
-"""Online stores that every promise is tested on: SQLite, Redis in Feast's layout, Redis in the packed one."""
-
-
 @dataclass
 class Shop:
     """A repository on one kind of online store, and the runs that were published into it."""

@@ -22,18 +22,9 @@ from kellm_features.store import rollout
 from kellm_features.store.join import training_join
 from kellm_features.store.reader import EmbeddingReader
 
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [
-    pytest.mark.feast,
-    pytest.mark.redis,
-    *(pytest.mark.filterwarnings(warning) for warning in WARNINGS),
-]
-KINDS = ("sqlite", "redis", "packed")
+from .marks import FEAST, KINDS
+
+pytestmark = [*FEAST, pytest.mark.redis]
 ITEM = "item_knowledge_embedding"
 REFS = [f"{ITEM}:embedding", f"{ITEM}:embedding_version", f"{ITEM}:content_hash", "item_description:description"]
 

@@ -10,17 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from kellm_features.store.layout import ITEM_EMBEDDING, ITEM_NEIGHBORS
 
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves SQLite connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [pytest.mark.feast, *(pytest.mark.filterwarnings(warning) for warning in WARNINGS)]
+from .marks import FEAST
+
+pytestmark = FEAST
 
 WHEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
 VECTORS = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)

@@ -6,15 +6,15 @@ import importlib.util
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,14 +64,10 @@ class Site:
         return self.run(sys.executable, "-P", "-c", block, **changed)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def redis_address(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], start_server: Callable[..., Any]
+) -> Iterator[tuple[str, Path]]:
     """A Redis that speaks TLS only and knows the README's users; its address and certificate."""
     folder, port = tmp_path_factory.mktemp("redis"), free_port()
     certificate = ["-keyout", "key.pem", "-out", "cert.pem", "-subj", "/CN=redis", "-days", "2"]
@@ -82,21 +78,12 @@ def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         f"port 0\ntls-port {port}\nbind 127.0.0.1\ntls-cert-file cert.pem\ntls-key-file key.pem\n"
         f"tls-ca-cert-file cert.pem\ntls-auth-clients no\nsave ''\nmaxmemory-policy noeviction\n{users}"
     )
-    with subprocess.Popen(["redis-server", "redis.conf"], cwd=folder, stdout=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+    with start_server(["redis-server", "redis.conf"], port, folder):
         yield f"127.0.0.1:{port}", folder / "cert.pem"
-        server.terminate()
 
 
 @pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
+def postgres_url(free_port: Callable[[], int]) -> Iterator[str]:
     """A PostgreSQL of our own on a free loopback port, `{user}` left open; not below pytest's folder, which is 0700."""
     port, root = free_port(), os.geteuid() == 0
     user = {"user": "postgres"} if root else {}  # it refuses to run as root

@@ -23,16 +23,12 @@ from kellm_features.store.scaffold import write_feature_repo
 from kellm_features.store.stage import run as run_stage
 from kellm_features.store.stage import why_stale
 
+from .marks import FEAST
+
 T2 = pd.Timestamp("2026-03-08T12:00:00.75Z").to_pydatetime()
 LENIENT = VerifySettings(max_centroid_drift=2, min_neighbor_overlap=0)
 """The vectors of these runs are random, each version's anew."""
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves SQLite connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [pytest.mark.feast, *(pytest.mark.filterwarnings(warning) for warning in WARNINGS)]
+pytestmark = FEAST
 
 
 def fetch(repo: Path, ids: Any, **options: Any) -> Embeddings:

@@ -16,24 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from kellm_features.errors import KellmError, StoreError
 from kellm_features.store import rollout
 from kellm_features.store.reader import EmbeddingReader
 from kellm_features.store.repo import read_online_config
 
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [
-    pytest.mark.feast,
-    pytest.mark.redis,
-    *(pytest.mark.filterwarnings(warning) for warning in WARNINGS),
-]
-KINDS = ("sqlite", "redis", "packed")
+from .marks import FEAST, KINDS
+
+pytestmark = [*FEAST, pytest.mark.redis]
 LAYOUTS = ("stock", "packed")
 ITEM = "item_knowledge_embedding"
 PASSWORD = "open=sesame-3"
@@ -266,6 +259,8 @@ def test_a_restart(layout: str, tmp_path: Path, make_repo, make_run, start_redis
             with pytest.raises(StoreError, match=r"did not answer .* check that it runs"):
                 loop.run(reader.get_async(IDS))
         with start_redis(*options, port=port):
+            with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.05), 100)) as client:
+                client.ping()  # it listens before it has read its log
             np.testing.assert_array_equal(reader.get(IDS).values, first.values)
             np.testing.assert_array_equal(loop.run(reader.get_async(IDS)).values, first.values)
             loop.run(reader.aclose())

@@ -19,18 +19,9 @@ from kellm_features.store.backends import open_backend
 from kellm_features.store.reader import EmbeddingReader
 from kellm_features.store.repo import read_online_config
 
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [
-    pytest.mark.feast,
-    pytest.mark.redis,
-    *(pytest.mark.filterwarnings(warning) for warning in WARNINGS),
-]
-KINDS = ("sqlite", "redis", "packed")
+from .marks import FEAST, KINDS
+
+pytestmark = [*FEAST, pytest.mark.redis]
 REDIS_KINDS = ("redis", "packed")
 ITEM = "item_knowledge_embedding"
 USER = "user_knowledge_embedding"

@@ -16,26 +16,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from kellm_features.settings import VerifySettings
 from kellm_features.store import rollout
 from kellm_features.store.scaffold import write_feature_repo
 
+from .marks import FEAST
+
 T1 = datetime(2026, 3, 1, 12, tzinfo=UTC)
 T2 = datetime(2026, 3, 8, 12, tzinfo=UTC)
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast and its dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves SQLite connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-)
-pytestmark = [pytest.mark.feast, *(pytest.mark.filterwarnings(warning) for warning in WARNINGS)]
-FEAST = [sys.executable, "-P", "-c", "from feast.cli.cli import cli; cli(prog_name='feast')"]
+pytestmark = FEAST
+COMMAND = [sys.executable, "-P", "-c", "from feast.cli.cli import cli; cli(prog_name='feast')"]
 
 
 def feast(repo: Path, *arguments: str, fails: bool = False) -> str:
-    done = subprocess.run([*FEAST, *arguments], cwd=repo, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([*COMMAND, *arguments], cwd=repo, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode != 0) == fails, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -47,7 +42,7 @@ def serving(repo: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [*FEAST, "serve", "--host", "127.0.0.1", "--port", str(port)],
+        [*COMMAND, "serve", "--host", "127.0.0.1", "--port", str(port)],
         cwd=repo,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

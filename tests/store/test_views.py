@@ -18,14 +18,9 @@ import pytest
 from kellm_features.errors import StoreError
 from kellm_features.store.layout import ITEM_EMBEDDING, USER_EMBEDDING, VIEWS, ViewSpec
 
-WARNINGS = (
-    "ignore::DeprecationWarning",  # feast, ibis and their dependencies call what newer releases deprecate
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",  # feast leaves SQLite connections to the garbage collector
-    "ignore::pytest.PytestUnraisableExceptionWarning",  # the same, reported from the collector
-    "ignore:The spark data source API is an experimental feature:RuntimeWarning",
-)
-pytestmark = [pytest.mark.feast, *(pytest.mark.filterwarnings(warning) for warning in WARNINGS)]
+from .marks import FEAST
+
+pytestmark = FEAST
 
 T1 = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 T2 = datetime(2026, 3, 8, 12, 0, 0, 750_000, tzinfo=UTC)

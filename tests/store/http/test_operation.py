@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,23 +181,14 @@ def test_what_cannot_be_served_is_refused() -> None:
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+def redis_server(
+    tmp_path: Path, free_port: Callable[[], int], start_server: Callable[..., Any]
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A Redis with a password on a free loopback port, nothing persisted."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with subprocess.Popen([*command, "--requirepass", "hush"], stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", "hush"]
+    with start_server(command, port, tmp_path) as process:
         yield port, process
-        process.terminate()
 
 
 @pytest.mark.redis
