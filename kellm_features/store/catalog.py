@@ -51,10 +51,6 @@ class ViewVersion(Frozen):
     ttl_s: float = 0.0
     """The feature view's ttl, 0 for none: an older row is not served."""
 
-    def namespace(self, view: str) -> str:
-        """The view's name online, as Feast names the versions of a view."""
-        return f"{view}_v{self.number}"
-
 
 class Version(Frozen):
     """One version: a set of rows per view, published whole."""
@@ -65,6 +61,8 @@ class Version(Frozen):
     started_at: datetime
     published_at: datetime | None = None
     views: dict[str, ViewVersion]
+    split_hash: str | None = None
+    """The split that its embeddings were trained on, where it is known."""
     again: bool = False
     """Partitions of this name were there before it began: it was published once and pruned, and they are history."""
     verification: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,6 +101,7 @@ def training_join(
     id_column: str | None = None,
     timestamp_column: str = EVENT_TIMESTAMP,
     ttl: timedelta | None = None,
+    split_hash: str | None = None,
 ) -> TrainingJoin:
     """Join training events to a view's offline partitions; no event is dropped, repeated or moved.
 
@@ -122,13 +124,16 @@ def training_join(
             a null id has no vector.
         timestamp_column: the events' times, a timestamp of any unit; one without a time zone is UTC, as in Feast.
         ttl: a row older than this at the event's time counts as missing; None: a row holds until the next one.
+        split_hash: of the split that the events were taken from (in the manifest of `ingest`). Embeddings trained on
+            another split have seen what this one holds back.
 
     Returns:
         R events over U distinct vectors. Memory: those vectors, some arrays of R, and one batch of a Parquet file.
 
     Raises:
         StoreError: the view or version is not known, nothing is published, a column is missing or of another type, a
-            time is null, the needed versions have vectors of several lengths, or a partition cannot be read.
+            time is null, a vector is of another split, the needed versions have vectors of several lengths, or a
+            partition cannot be read.
     """
     spec = _spec(view)
     if ttl is not None and ttl <= timedelta(0):
@@ -150,6 +155,7 @@ def training_join(
         index = np.full(len(chosen), -1, dtype=np.int64)
         index[found] = (np.cumsum(needed) - 1)[chosen[found]]
         partition = rows.partition[needed]
+        _check_split(partitions, partition, split_hash)
         values = read_vectors(partitions, partition, rows.place[needed])
     logger.info("%s: %d events in and out, %d without a vector: %s", view, len(index), np.sum(~found), why)
     return TrainingJoin(
@@ -160,6 +166,17 @@ def training_join(
         valid_from=rows.event[needed].view("datetime64[us]"),
         event_times=times.view("datetime64[us]"),
     )
+
+
+def _check_split(partitions: Sequence[OfflinePartition], used: Ints, split_hash: str | None) -> None:
+    for number in np.unique(used) if split_hash else ():
+        seen = partitions[number].split_hash
+        if seen not in (None, split_hash):
+            raise StoreError(
+                f"version {partitions[number].version} was trained on split {str(seen)[:12]} and the events are of "
+                f"split {str(split_hash)[:12]}: its vectors have seen events that this split holds back; pin a version "
+                f"of this split, or publish one"
+            )
 
 
 def _spec(view: str) -> ViewSpec:

@@ -22,6 +22,8 @@ EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
 EMBEDDED_AT = "embedded_at"
 """Feature of the embedding views: the row's `event_timestamp` in whole seconds of Unix time, for on-demand views."""
+SPLIT_HASH = b"kellm.split_hash"
+"""Key in a partition's metadata: the split that its embeddings were trained on."""
 IS_DELETED = "is_deleted"
 """Partition column: true on the row that withdraws an id which the version no longer holds."""
 TOP_NEIGHBORS = 20

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kellm_features.errors import StoreError, first_line
-from kellm_features.store.layout import CREATED_TIMESTAMP, EVENT_TIMESTAMP, IS_DELETED, ViewSpec
+from kellm_features.store.layout import CREATED_TIMESTAMP, EVENT_TIMESTAMP, IS_DELETED, SPLIT_HASH, ViewSpec
 
 EMBEDDING = "embedding"
 BUFFER_BYTES = 1 << 20
@@ -38,6 +38,8 @@ class OfflinePartition:
     file: pq.ParquetFile
     id_type: pa.DataType
     """int64 or large_string."""
+    split_hash: str | None
+    """The split that the embeddings were trained on, where the file tells."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def _open(path: Path, version: str, spec: ViewSpec, open_files: ExitStack) -> Of
     with _reading(path):
         file = open_files.enter_context(pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False))
         types = {field.name: field.type for field in file.schema_arrow}
+        split = (file.schema_arrow.metadata or {}).get(SPLIT_HASH)
     for name, wanted in (
         (spec.join_key, "int64 or string"),
         (EMBEDDING, "list of float"),
@@ -195,7 +198,8 @@ def _open(path: Path, version: str, spec: ViewSpec, open_files: ExitStack) -> Of
                 f"{path} is no partition of {spec.name}: column {name} is {seen or 'missing'}, accepted: {wanted}; "
                 f"move the file elsewhere"
             )
-    return OfflinePartition(version, path, file, compared_type(types[spec.join_key]))
+    split_hash = split.decode() if split else None
+    return OfflinePartition(version, path, file, compared_type(types[spec.join_key]), split_hash)
 
 
 def _is_a(seen: pa.DataType, wanted: str) -> bool:

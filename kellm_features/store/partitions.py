@@ -59,6 +59,9 @@ class Release:
     """Timestamps of the export: since when these rows hold, and when they were made."""
     created: datetime
     tables: dict[str, pa.Table]
+    """View -> its rows without timestamps, sorted by key; a view may be absent."""
+    split_hash: str | None = None
+    """The split that the embeddings were trained on."""
 
 
 SCHEMAS = {
@@ -73,12 +76,13 @@ SCHEMAS = {
 _NEIGHBOR_VIEWS = (ITEM_NEIGHBORS.name, USER_NEIGHBORS.name)
 
 
-def read_release(inputs: Mapping[str, Path], version: str | None = None) -> Release:
+def read_release(inputs: Mapping[str, Path], version: str | None = None, *, split_hash: str | None = None) -> Release:
     """Read and check what the stages made.
 
     Args:
         inputs: view name -> artefact, one of the embedding views at least.
         version: another name than the one that the embeddings carry.
+        split_hash: of the split that the embeddings were trained on, to be carried along.
 
     Raises:
         DataError: an artefact is missing, unreadable or of another schema.
@@ -118,7 +122,7 @@ def read_release(inputs: Mapping[str, Path], version: str | None = None) -> Rele
             place = rows.schema.get_field_index("embedding_version")
             rows = rows.set_column(place, rows.schema.field(place), pa.repeat(pa.scalar(name), len(rows)))
         tables[spec.name] = _conform(rows, spec, id_type, inputs[spec.name])
-    return Release(name, id_type, dims[vectors[0]], event, created, tables)
+    return Release(name, id_type, dims[vectors[0]], event, created, tables, split_hash)
 
 
 def check_version(name: str) -> None:

@@ -26,7 +26,7 @@ from kellm_features.progress import track
 from kellm_features.store.backends import Namespace, OnlineBackend, open_backend, update
 from kellm_features.store.catalog import Catalog, Layout, Version, ViewVersion, utc_now
 from kellm_features.store.definitions import Applied, apply_definitions
-from kellm_features.store.layout import CREATED_TIMESTAMP, DATA, EVENT_TIMESTAMP, VIEWS, ViewSpec
+from kellm_features.store.layout import CREATED_TIMESTAMP, DATA, EVENT_TIMESTAMP, SPLIT_HASH, VIEWS, ViewSpec
 from kellm_features.store.partitions import (
     Release,
     aside_of,
@@ -220,6 +220,7 @@ def _plan(
         id_type=release.id_type,
         started_at=utc_now(),
         views=views,
+        split_hash=release.split_hash,
         again=begun.again if begun else any(path.exists() for path in own),
     )
 
@@ -284,6 +285,8 @@ def _write_partitions(repo: Path, release: Release, version: Version, catalog: C
         files = {repo / v.views[name].file for v in sources if v and v.name != version.name and name in v.views}
         withdrawn = withdrawn_ids(sorted(file for file in files if file.exists()), spec, rows)
         table = build_partition(rows, withdrawn, spec, release.id_type, (view.event, view.created))
+        if release.split_hash:
+            table = table.replace_schema_metadata({SPLIT_HASH: release.split_hash.encode()})
         try:
             write_partition(table, path)
         except OSError as error:

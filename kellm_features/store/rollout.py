@@ -64,20 +64,23 @@ def run_inputs(run_dir: Path | str) -> dict[str, Path]:
     return {view: Path(run_dir) / stage / file for view, (stage, file) in INPUTS.items()}
 
 
-def publish(repo: Path | str, inputs: Mapping[str, Path], *, version: str | None = None) -> Version:
+def publish(
+    repo: Path | str, inputs: Mapping[str, Path], *, version: str | None = None, split_hash: str | None = None
+) -> Version:
     """Write a version beside what is served. Publishing a version again completes or repairs it.
 
     Args:
         repo: the Feast repository; made from the template where the folder does not exist.
         inputs: view -> Parquet artefact, one of the two embedding views at least; `run_inputs` gives those of a run.
         version: its name; None takes the `embedding_version` of the rows.
+        split_hash: of the split that the embeddings were trained on (`training_join` refuses another one).
 
     Raises:
         DataError: an artefact is missing, unreadable or of another schema.
         StoreError: see `partitions.read_release` and `publish.publish_release`. What is served is unchanged.
         MissingExtraError: Feast or the Redis client is not installed.
     """
-    return publish_release(Path(repo).resolve(), read_release(inputs, version))
+    return publish_release(Path(repo).resolve(), read_release(inputs, version, split_hash=split_hash))
 
 
 def verify(repo: Path | str, version: str | None = None, *, settings: VerifySettings | None = None) -> Verification:

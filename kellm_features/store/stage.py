@@ -27,7 +27,7 @@ def run(ctx: StageContext) -> StageReport:
     settings = ctx.settings.store
     repo = settings.repo.resolve()
     inputs = {view: ctx.input(*source) for view, source in rollout.INPUTS.items()}
-    version = rollout.publish(repo, inputs, version=settings.version)
+    version = rollout.publish(repo, inputs, version=settings.version, split_hash=ctx.split_hash)
     if settings.promote:
         version = rollout.promote(repo, version.name, settings=settings.verify)
     embeddings = sum(version.views[spec.name].rows for spec in (ITEM_EMBEDDING, USER_EMBEDDING))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from kellm_features import EmbeddingReader, Embeddings
@@ -18,6 +19,7 @@ from kellm_features.errors import StoreError
 from kellm_features.settings import Settings, VerifySettings
 from kellm_features.store import publish as publishing
 from kellm_features.store import rollout
+from kellm_features.store.join import training_join
 from kellm_features.store.layout import VIEWS
 from kellm_features.store.scaffold import write_feature_repo
 from kellm_features.store.stage import run as run_stage
@@ -76,10 +78,10 @@ def story(tmp_path_factory, make_run, published_artifact) -> Story:
 
         patch.setattr(publishing, "_write_rows", killed)
         with pytest.raises(KeyboardInterrupt):
-            rollout.publish(repo, inputs(second))
+            rollout.publish(repo, inputs(second), split_hash="split")
     after_kill, status_after_kill = fetch(repo, [1, 50, 51]), rollout.status(repo)
     stale = why_stale(Settings.model_validate({"store": {"repo": repo}}), published_artifact(project, reports["v1"]))
-    rollout.publish(repo, inputs(second))
+    rollout.publish(repo, inputs(second), split_hash="split")
     after_publish = fetch(repo, [1, 50, 51])
     context = second.context(repo)
     store = context.settings.store.model_copy(update={"verify": LENIENT})
@@ -296,6 +298,16 @@ def test_a_version_can_be_given_a_name(tmp_path, make_run):
     assert rows.to_dict()["embedding_version"] == ["nightly-7"]
     with pytest.raises(StoreError, match=r"the version's name is '\.\./x'; accepted: up to 100 letters"):
         rollout.publish(repo, inputs(run), version="../x")
+
+
+def test_a_version_carries_its_split_and_the_join_refuses_another(story):
+    now = pd.Timestamp("2026-03-20", tz="UTC")
+    events = pa.table({"item_id": [1, 51], "event_timestamp": [now, now]})
+    assert training_join(events, story.repo, split_hash="split").found.all()  # the stage passed it on
+    with pytest.raises(StoreError, match=r"version v2 was trained on split split and the events are of split other"):
+        training_join(events, story.repo, split_hash="other")
+    unknown = pa.table({"item_id": [999], "event_timestamp": [now]})
+    assert not training_join(unknown, story.repo, split_hash="other").found.any()  # no vector is used
 
 
 def test_views_whose_rows_did_not_change_are_shared(tmp_path, make_run):
