@@ -24,7 +24,7 @@ from kellm_features.store.served import ServedVersions, in_version, namespace_of
 class KellmRedisOnlineStoreConfig(RedisOnlineStoreConfig):
     """Feast's options, and how embedding views are laid out."""
 
-    type: Literal["kellm_features.store.redis.KellmRedisOnlineStore"] = REDIS_TYPE  # type: ignore[assignment]  # Feast\'s own is the name of its own
+    type: Literal["kellm_features.store.redis.KellmRedisOnlineStore"] = REDIS_TYPE  # type: ignore[assignment]  # Feast's own is the name of its own
     layout: Literal["stock", "packed"] = "stock"
     """stock: hashes as Feast writes them; packed: one string per id with a float16 vector, a third of the bytes."""
 

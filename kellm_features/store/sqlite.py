@@ -31,7 +31,7 @@ Document = tuple[datetime, EntityKey, dict[str, Value], float]
 class KellmSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):
     """Feast's options."""
 
-    type: Literal["kellm_features.store.sqlite.KellmSqliteOnlineStore"] = SQLITE_TYPE  # type: ignore[assignment]  # Feast\'s own is the name of its own
+    type: Literal["kellm_features.store.sqlite.KellmSqliteOnlineStore"] = SQLITE_TYPE  # type: ignore[assignment]  # Feast's own is the name of its own
 
 
 class KellmSqliteOnlineStore(ServedVersions, SqliteOnlineStore):

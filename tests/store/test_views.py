@@ -235,11 +235,11 @@ def test_what_views_refuse(tmp_path: Path) -> None:
     from kellm_features.store.views import knowledge_objects
 
     with pytest.raises(StoreError, match="source is 'hive'; accepted: 'file' or 'spark'"):
-        knowledge_objects(tmp_path, source="hive")  # type: ignore[arg-type]
+        knowledge_objects(tmp_path, source="hive")
     with pytest.raises(StoreError, match="ttl is -1 day"):
         knowledge_objects(tmp_path, ttl=timedelta(days=-1))
     with pytest.raises(StoreError, match="id_type is 'uuid'"):
-        knowledge_objects(tmp_path, "uuid")  # type: ignore[arg-type]
+        knowledge_objects(tmp_path, "uuid")
 
 
 def test_a_service_tells_the_version_that_it_needs(store) -> None:
