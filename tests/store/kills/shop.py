@@ -145,7 +145,7 @@ class Shop:
 
     def assert_tidy(self) -> None:
         """Nothing lies about that the catalog does not know of."""
-        held = {view.namespace(name) for v in self.catalog().versions for name, view in v.views.items()}
+        held = {f"{name}_v{view.number}" for v in self.catalog().versions for name, view in v.views.items()}
         assert self.namespaces() == held
         self.assert_no_staging()
 
