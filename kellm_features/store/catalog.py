@@ -82,6 +82,8 @@ class Catalog(Frozen):
     format: Literal[1] = 1
     revision: int = 0
     """Counts changes; the token that a reader compares."""
+    stamp: str = ""
+    """Drawn anew with each change: two processes may make the same change at the same microsecond."""
     next_number: int = 1
     active: str | None = None
     history: tuple[Activation, ...] = ()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -122,7 +123,10 @@ def update(backend: OnlineBackend, transition: Transition) -> Catalog:
         before = backend.catalog()
         if before == after:  # the last swap was made after all: its answer was lost, and asked for again
             return before
-        after = transition(before)
-        if after == before or backend.swap(before, after):
+        wanted = transition(before)
+        if wanted == before:
+            return before
+        after = wanted.model_copy(update={"stamp": uuid.uuid4().hex})
+        if backend.swap(before, after):
             return after
     raise StoreError(f"the catalog in {backend.where} changed under {SWAPS} attempts in a row: try again")

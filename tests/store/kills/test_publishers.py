@@ -14,6 +14,7 @@ import pytest
 
 from kellm_features.errors import StoreError
 from kellm_features.store import publish, rollout
+from kellm_features.store.backends import update
 from kellm_features.store.backends.redis import LEASE_S
 from kellm_features.store.catalog import Catalog
 from kellm_features.store.layout import ITEM_EMBEDDING, USER_EMBEDDING
@@ -149,3 +150,24 @@ def test_publishing_a_version_again_repairs_it_and_never_changes_it(open_shop: C
     shop.assert_serves("v1")
     assert shop.catalog() == before
     assert (partition.read_bytes(), partition.stat().st_mtime_ns) == written
+
+
+def test_the_same_change_by_two_at_the_same_moment_is_two_changes(open_shop: Callable[..., Shop]) -> None:
+    """The second finds the catalog as it wanted it, and must not take the first one's change for its own."""
+    shop = open_shop("sqlite")
+    start = shop.catalog().revision
+
+    def change(catalog: Catalog) -> Catalog:
+        return catalog.verified("v1", {"found": "the same"})
+
+    with shop.backend() as backend, shop.backend() as other:
+        swap, first = backend.swap, iter([True])
+
+        def beaten(before: Catalog, after: Catalog) -> bool:
+            if next(first, False):
+                update(other, change)
+            return swap(before, after)
+
+        backend.swap = beaten
+        update(backend, change)
+    assert shop.catalog().revision == start + 2
