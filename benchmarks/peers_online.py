@@ -169,7 +169,7 @@ def _reader_request(repo: str) -> Request:
     from kellm_features.store.reader import EmbeddingReader
 
     reader = EmbeddingReader.from_repo(repo)
-    return lambda ids: reader.get(ids, on_missing="raise").values  # type: ignore[arg-type]  # an array of ids is taken
+    return lambda ids: reader.get(ids, on_missing="raise").values
 
 
 def _async_request(repo: str) -> Request:
@@ -178,7 +178,7 @@ def _async_request(repo: str) -> Request:
     reader = EmbeddingReader.from_repo(repo)
 
     async def request(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return (await reader.get_async(ids, on_missing="raise")).values  # type: ignore[arg-type]  # as above
+        return (await reader.get_async(ids, on_missing="raise")).values
 
     return request
 

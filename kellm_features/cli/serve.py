@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,7 @@ def serve(
         import uvicorn
         from uvicorn.supervisors import Multiprocess
 
-        import kellm_features.store.http as _installed  # noqa: F401 - its imports are the extra's
+        import_module("kellm_features.store.http")  # the workers' part: what it lacks is told here, before they start
         from kellm_features.store.http_formats import Limits
     except ModuleNotFoundError as error:
         raise MissingExtraError("serve", error.name or "fastapi", "kellm serve") from error
@@ -131,7 +132,7 @@ class ServePlan:
         from kellm_features.store.http import create_app
 
         # When a series began: twice the series for what the server's start tells.
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no types
+        disable_created_metrics()
         return create_app(self.readers(), token=serve_token(), limits=self.limits, metrics_folder=self.metrics_folder)
 
 

@@ -51,7 +51,7 @@ class Metrics:
             self.registry = own
         else:  # of several processes, CPU and memory of the one that happens to answer would mislead
             self.registry = CollectorRegistry()
-            MultiProcessCollector(self.registry, path=str(shared))  # type: ignore[no-untyped-call]  # it has no types
+            MultiProcessCollector(self.registry, path=str(shared))
 
     def text(self, versions: Mapping[str, str | None]) -> bytes:
         """The exposition; `versions` names what each view serves at this moment, None where it cannot be told."""

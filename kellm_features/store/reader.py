@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from kellm_features.store.layout import ITEM_EMBEDDING, VIEWS, IdType, ViewSpec
 from kellm_features.store.repo import OnlineConfig, read_online_config
 
 OnMissing = Literal["flag", "raise"]
+Ids = Sequence[Id] | NDArray[np.integer[Any]]
 EMBEDDING_VIEWS = {spec.name: spec for spec in VIEWS if spec.holds_embeddings}
 _SHOWN = 5
 
@@ -112,7 +113,7 @@ class EmbeddingReader:
         """
         return self._refresh().version
 
-    def get(self, ids: Sequence[Id], *, on_missing: OnMissing = "flag") -> Embeddings:
+    def get(self, ids: Ids, *, on_missing: OnMissing = "flag") -> Embeddings:
         """The embeddings of N ids, all of one version.
 
         Args:
@@ -131,7 +132,7 @@ class EmbeddingReader:
             rows = self._backend.fetch(plan.namespace, keys)
         return self._assemble(plan, keys, rows, on_missing)
 
-    async def get_async(self, ids: Sequence[Id], *, on_missing: OnMissing = "flag") -> Embeddings:
+    async def get_async(self, ids: Ids, *, on_missing: OnMissing = "flag") -> Embeddings:
         """The same for an event loop. On SQLite and on a Redis Cluster it waits in a thread."""
         known = self._plan
         plan = known if known is not None else await asyncio.to_thread(self._refresh)
@@ -201,7 +202,7 @@ def _plan_of(catalog: Catalog, project: str, spec: ViewSpec, pinned: str | None)
     return _Plan(catalog.token(), version.name, namespace, view.ttl_s)
 
 
-def _checked(ids: Sequence[Id], namespace: Namespace) -> Sequence[Id]:
+def _checked(ids: Ids, namespace: Namespace) -> Sequence[Id]:
     """The ids in the view's type; an error names the first that is not."""
     if namespace.id_type == "string":
         keys = list(ids)

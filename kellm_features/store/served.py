@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,8 +43,9 @@ class ServedVersions(OnlineStore):
     _backend: OnlineBackend | None = None
     _known: tuple[bytes, Catalog] | None = None
 
+    @abstractmethod
     def _online_config(self, config: RepoConfig) -> OnlineConfig:
-        raise NotImplementedError
+        """Where the rows lie, as feature_store.yaml has it."""
 
     def _opened(self, config: RepoConfig) -> OnlineBackend:
         if self._backend is None:
@@ -138,7 +140,7 @@ class ServedVersions(OnlineStore):
             rows = _unpack(namespace, values, requested_features)
         else:
             names = list(requested_features) if requested_features else None  # Feast appends to the list it is given
-            rows = super().online_read(config, table, entity_keys, names)  # type: ignore[safe-super]  # of the mixed-in store
+            rows = super().online_read(config, table, entity_keys, names)  # type: ignore[safe-super]  # Feast's store is next
         return _within_ttl(rows, table)
 
     async def online_read_async(
@@ -169,7 +171,7 @@ class ServedVersions(OnlineStore):
             StoreError: rows of another version than the active one: written in place they would be mixed with it.
         """
         if not _written_already(self._catalog(config), table, data, progress):
-            super().online_write_batch(config, table, data, progress)  # type: ignore[safe-super]  # the mixed-in store's
+            super().online_write_batch(config, table, data, progress)  # type: ignore[safe-super]  # Feast's store is next
 
     async def online_write_batch_async(
         self, config: RepoConfig, table: FeatureView, data: Written, progress: Callable[[int], Any] | None

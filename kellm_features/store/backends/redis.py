@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -336,7 +337,7 @@ def _is_running(pid: int, lease: bytes) -> bool:
     return True
 
 
-class _Reader:
+class _Reader(ABC):
     """Commands and answers of one namespace."""
 
     def __init__(self, token: bytes, project: str, namespace: Namespace, keys: wire.EntityKeys) -> None:
@@ -345,12 +346,13 @@ class _Reader:
         self._prefix = packed.key_prefix(project, namespace.name)
         self._fields = (_fields(namespace)[namespace.spec.features[0][0]], _time_field(namespace))
 
+    @abstractmethod
     def batches(self, ids: Sequence[Id]) -> list[Batch]:
         """What asks for the token and the rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, answers: list[Any]) -> Rows:
-        raise NotImplementedError
+        """What was answered."""
 
 
 class _StockReader(_Reader):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -183,12 +184,14 @@ class SqliteBackend:
         return wire.EntityKeys(namespace.spec.join_key, namespace.id_type)
 
     def _body(self, db: sqlite3.Connection) -> str | None:
-        return self._catalog_column(db, "body")  # type: ignore[return-value]  # the column holds text
+        body = self._catalog_column(db, "body")
+        return None if body is None else str(body)
 
     def _token(self, db: sqlite3.Connection) -> bytes | None:
-        return self._catalog_column(db, "token")  # type: ignore[return-value]  # the column holds bytes
+        token = self._catalog_column(db, "token")
+        return None if token is None else bytes(token)
 
-    def _catalog_column(self, db: sqlite3.Connection, column: str) -> str | bytes | None:
+    def _catalog_column(self, db: sqlite3.Connection, column: str) -> Any:
         try:
             row = db.execute(f"SELECT {column} FROM kellm_catalog WHERE project = ?", (self._project,)).fetchone()
         except sqlite3.OperationalError as error:
