@@ -47,6 +47,9 @@ EXTRA_OF_MODULE = {
     "gguf": "llm",
     "sentence_transformers": "encode",
     "jinja2": "report",
+    "openai": "openai",
+    "tenacity": "openai",
+    "vllm": "vllm",
 }
 
 
@@ -84,9 +87,10 @@ def run_stages(
     *,
     first: str | None = None,
     last: str | None = None,
+    anew: bool = False,
     listener: Listener = lambda stage, event, outcome: None,
 ) -> list[StageOutcome]:
-    """Run the stale stages of a range; those before it must be finished and fresh.
+    """Run the stale stages of a range, with `anew` the fresh ones too; those before it must be finished and fresh.
 
     Raises:
         ArtifactError: an earlier stage is missing or stale, another run holds the directory, or splits differ.
@@ -100,7 +104,7 @@ def run_stages(
         outcomes = []
         try:
             for position, spec in enumerate(wanted):
-                outcomes.append(_run_one(spec, settings, run_dir, listener))
+                outcomes.append(_run_one(spec, settings, run_dir, listener, anew=anew))
                 if spec.engine == "spark" and not any(later.engine == "spark" for later in wanted[position + 1 :]):
                     _stop_spark()
         finally:
@@ -109,11 +113,21 @@ def run_stages(
 
 
 def why_stale(spec: StageSpec, settings: Settings, run_dir: Path) -> str | None:
-    """Why a stage has to run, or None where its artefact still holds.
+    """Why a stage has to run, or None where its artefact still holds and has left nothing to do.
 
     Raises:
         DataError: an external input is missing.
     """
+    why = _why_outdated(spec, settings, run_dir)
+    artifact = load_artifact(run_dir, spec.name)
+    if why is not None or artifact is None or spec.check is None:
+        return why
+    left: str | None = _load(spec.check)(settings, artifact)
+    return left
+
+
+def _why_outdated(spec: StageSpec, settings: Settings, run_dir: Path) -> str | None:
+    """Why an artefact's rows no longer are what the stage would write."""
     artifact = load_artifact(run_dir, spec.name)
     if artifact is None:
         return "not made yet"
@@ -133,13 +147,11 @@ def why_stale(spec: StageSpec, settings: Settings, run_dir: Path) -> str | None:
         if stamp_file(path.resolve(), manifest.files[role]).sha256 != manifest.files[role].sha256:
             return f"{path.name} changed"
     gone = [name for name in manifest.outputs if not (artifact.path / name).exists()]
-    if gone:
-        return f"{gone[0]} is gone"
-    return _load(spec.check)(settings, artifact) if spec.check else None
+    return f"{gone[0]} is gone" if gone else None
 
 
-def _run_one(spec: StageSpec, settings: Settings, run_dir: Path, listener: Listener) -> StageOutcome:
-    why = why_stale(spec, settings, run_dir)
+def _run_one(spec: StageSpec, settings: Settings, run_dir: Path, listener: Listener, *, anew: bool) -> StageOutcome:
+    why = why_stale(spec, settings, run_dir) or ("asked for" if anew else None)
     if why is None:
         outcome = StageOutcome(spec.name, False, "unchanged", require_artifact(run_dir, spec.name, spec.name))
         listener(spec.name, "fresh", outcome)
@@ -188,7 +200,7 @@ def _run_one(spec: StageSpec, settings: Settings, run_dir: Path, listener: Liste
 
 def _require_fresh(spec: StageSpec, settings: Settings, run_dir: Path, needed_by: str) -> None:
     require_artifact(run_dir, spec.name, needed_by)
-    why = why_stale(spec, settings, run_dir)
+    why = _why_outdated(spec, settings, run_dir)
     if why is not None:
         raise ArtifactError(
             f"'{needed_by}' would build on {run_dir / spec.name}, which no longer holds ({why}): "

@@ -99,6 +99,12 @@ def _matches(wanted: pa.DataType | str, seen: pa.DataType) -> bool:
         return bool(pa.types.is_string(seen) or pa.types.is_large_string(seen))
     if pa.types.is_timestamp(wanted):  # Spark writes naive or UTC microseconds; the instant is what counts
         return bool(pa.types.is_timestamp(seen))
+    if pa.types.is_map(wanted):
+        return bool(
+            pa.types.is_map(seen)
+            and _matches(wanted.key_type, seen.key_type)
+            and _matches(wanted.item_type, seen.item_type)
+        )
     if pa.types.is_list(wanted):
         return bool(pa.types.is_list(seen) and _matches(wanted.value_type, seen.value_type))
     if pa.types.is_struct(wanted):
@@ -187,6 +193,10 @@ def _texts(key: str) -> tuple[Column, ...]:
         Column("description_source", pa.string()),
         Column("prompt_hash", pa.string()),
         Column("model_id", pa.string()),
+        Column("grounding", pa.float32(), nullable=True),
+        Column("prompt_tokens", pa.int32()),
+        Column("completion_tokens", pa.int32()),
+        Column("factors", pa.map_(pa.string(), pa.string()), nullable=True),
     )
 
 
@@ -213,6 +223,16 @@ def _embeddings(key: str) -> tuple[Column, ...]:
 
 ITEM_DESCRIPTIONS = TableSchema("item_descriptions", _texts("item_id"))
 USER_DESCRIPTIONS = TableSchema("user_descriptions", _texts("user_id"))
+DEAD_LETTERS = TableSchema(
+    "dead_letters",
+    (
+        Column("side", pa.string()),
+        Column("id", pa.string()),
+        Column("prompt_hash", pa.string()),
+        Column("model_id", pa.string()),
+        Column("reason", pa.string()),
+    ),
+)
 ITEM_ENCODINGS = TableSchema("item_encodings", _encodings("item_id"))
 USER_ENCODINGS = TableSchema("user_encodings", _encodings("user_id"))
 ITEM_EMBEDDINGS = TableSchema("item_embeddings", _embeddings("item_id"))

@@ -27,8 +27,9 @@ class StageSpec:
     files: str | None = None
     """`module:function` giving the external input files, `(Settings) -> dict[str, Path]`."""
     check: str | None = None
-    """`module:function` for a stage whose effect reaches beyond its folder: `(Settings, Artifact) -> str | None`, the
-    reason why it has to run again though its inputs are unchanged."""
+    """`module:function` for a stage that may have more to do though its inputs are unchanged, because its effect
+    reaches beyond its folder or its last run left something: `(Settings, Artifact) -> str | None`, what that is.
+    Later stages build on its rows all the same."""
     engine: str | None = None
     """`spark` keeps one session for neighbouring stages."""
 
@@ -57,6 +58,7 @@ STAGES: tuple[StageSpec, ...] = (
         ("ingest", "wiki", "link"),
         ("run", "history", "generate"),
         "kellm_features.knowledge.generate:input_files",
+        check="kellm_features.knowledge.generate:why_unfinished",
     ),
     StageSpec(
         "encode",

@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+INCOMPLETE = 3
+"""Exit code of a run that did its work but for requests that failed: 2 is an error, after which nothing was written."""
 PIPED_WIDTH = 110
 """Columns where the output is no terminal: a log file has no width of its own."""
 
@@ -74,6 +76,7 @@ def main() -> None:
     for commands in (
         "doctor",
         "fetch",
+        "generate",
         "init",
         "link",
         "publish_spark",

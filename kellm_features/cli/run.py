@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kellm_features.artifacts import require_artifact
-from kellm_features.cli.app import app, stderr, stdout
+from kellm_features.cli.app import INCOMPLETE, app, stderr, stdout
 from kellm_features.pipeline import StageOutcome, run_stages, stages_between, why_stale
 from kellm_features.settings import Settings, load_settings
 from kellm_features.stages import STAGES
@@ -104,12 +104,14 @@ def _close(outcomes: list[StageOutcome], settings: Settings, out: Path) -> None:
 
     stdout.print(show.stage_table(outcomes))
     if outcomes[-1].name != STAGES[-1].name:
+        tell_what_is_left(outcomes)
         return
     from kellm_features.report.html import write_report
 
     stdout.print(show.neighbour_table(out))
     stdout.print(show.fetched_vector(settings, out))
     stdout.print(f"\nreport: {write_report(out, settings)}", soft_wrap=True)
+    tell_what_is_left(outcomes)
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -121,17 +123,38 @@ def _stage_command(name: str) -> Callable[..., None]:
     return command
 
 
-def run_stage(name: str, settings: Settings, out: Path) -> None:
-    """One stage of a run, if it is stale."""
+def run_stage(name: str, settings: Settings, out: Path, *, anew: bool = False) -> StageOutcome:
+    """One stage of a run, if it is stale or wanted anew."""
     from kellm_features.cli import show
 
-    outcomes = run_stages(settings, out, first=name, last=name, listener=_announce)
+    outcomes = run_stages(settings, out, first=name, last=name, anew=anew, listener=_announce)
     stdout.print(show.stage_table(outcomes))
+    return outcomes[0]
 
 
-STAGE_HELP = {  # swing, wiki, link and publish have options of their own, in modules of their own (publish: rollout.py)
+def tell_what_is_left(outcomes: Sequence[StageOutcome]) -> None:
+    """Say which texts failed or wait; of failed ones the exit code tells too.
+
+    Raises:
+        typer.Exit: with code 3, where a request failed for good.
+    """
+    for outcome in outcomes:
+        notes = outcome.artifact.manifest.notes
+        if waiting := notes.get("waiting"):
+            stderr.print(f"[yellow]{waiting:,} texts wait[/]: the token budget ended; the next run goes on with them")
+        if letters := notes.get("dead_letters"):
+            table = outcome.artifact.path / "dead_letters.parquet"
+            stderr.print(
+                f"[bold red]{letters:,} requests failed[/]: their items have a text from the page or the catalogue; "
+                f"reasons stand in {table}; the next run asks again",
+                soft_wrap=True,
+            )
+            raise typer.Exit(INCOMPLETE)
+
+
+# The other stages have options of their own, in modules of their own (publish: rollout.py).
+STAGE_HELP = {
     "ingest": "Read interactions, catalogue and users; label; split.",
-    "generate": "Write a description per item and a profile per user.",
     "encode": "Encode descriptions and profiles with a sentence encoder.",
     "train": "Train the adapters jointly with the backbone on CTR and SWING pairs.",
     "export": "Adapt all encodings into a new embedding version.",

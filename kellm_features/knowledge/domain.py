@@ -32,35 +32,56 @@ class _Part(BaseModel):
 
 
 Template = Annotated[str, Field(min_length=1)]
-Factors = Annotated[tuple[str, ...], Field(min_length=1)]
+Factors = Annotated[tuple[Annotated[str, Field(min_length=2, max_length=60)], ...], Field(min_length=1)]
+Tokens = Annotated[int, Field(ge=16, le=131072)]
+AGAIN = "Name only persons, titles, years and numbers that stand in the text above."
+BY_FACTOR = """Answer with one JSON object and nothing else. Its keys are exactly: {factors}. \
+Each value is a short text; it is empty where nothing is known."""
 
 
-class ItemPrompts(_Part):
-    """Templates of an item's prompt; `system` comes first and is the same for every item."""
+class _Prompts(_Part):
+    """What the prompts of both sides have: `system` comes first and is the same for every item, or user.
+
+    `again` is added to a prompt whose first answer said what its source does not tell, `by_factor` where one text per
+    factor is asked for.
+    """
 
     factors: Factors
     system: Template
+    again: Template = AGAIN
+    by_factor: Template = BY_FACTOR
+
+    def _check_common(self, side: str) -> None:
+        # Only the factors may vary a system text, and they do not vary within a domain: every prompt shares it.
+        _check_template(f"{side}.system", self.system, {"factors"}, {"factors"})
+        _check_template(f"{side}.again", self.again, {"factors"}, set())
+        _check_template(f"{side}.by_factor", self.by_factor, {"factors"}, {"factors"})
+        if len(set(map(str.casefold, self.factors))) < len(self.factors):
+            raise ValueError(f"{side}.factors names one factor twice: {', '.join(self.factors)}")
+
+
+class ItemPrompts(_Prompts):
+    """Templates of an item's prompt."""
+
     grounded: Template
     closed_book: Template
 
     @model_validator(mode="after")
     def _fields(self) -> ItemPrompts:
-        _check_system("item", self.system)
+        self._check_common("item")
         _check_template("item.grounded", self.grounded, ITEM_FIELDS | {"page"}, {"title", "page"})
         _check_template("item.closed_book", self.closed_book, ITEM_FIELDS, {"title"})
         return self
 
 
-class UserPrompts(_Part):
-    """Templates of a user's prompt; `system` comes first and is the same for every user."""
+class UserPrompts(_Prompts):
+    """Templates of a user's prompt."""
 
-    factors: Factors
-    system: Template
     prompt: Template
 
     @model_validator(mode="after")
     def _fields(self) -> UserPrompts:
-        _check_system("user", self.system)
+        self._check_common("user")
         _check_template("user.prompt", self.prompt, USER_FIELDS, {"history"})
         return self
 
@@ -99,6 +120,15 @@ class FactRule(_Part):
         return patterns
 
 
+class Budget(_Part):
+    """Estimated tokens of the texts that a prompt quotes; a setting of the same name wins."""
+
+    page_tokens: Tokens = 320
+    profile_tokens: Tokens = 1024
+    digest_tokens: Tokens = 60
+    """Of the description of one item in a user's history."""
+
+
 class Domain(_Part):
     """One kind of item: its words, prompts, factors, and the order in which page sections are taken."""
 
@@ -108,9 +138,15 @@ class Domain(_Part):
     plural: str
     consumer: str
     sections: tuple[str, ...] = ()
+    budget: Budget = Budget()
     item: ItemPrompts
     user: UserPrompts
     facts: tuple[FactRule, ...] = ()
+
+    def budgeted(self, **tokens: int | None) -> Domain:
+        """The domain with other budgets, each None keeping the domain's own."""
+        told = {name: value for name, value in tokens.items() if value is not None}
+        return self.model_copy(update={"budget": self.budget.model_copy(update=told)})
 
 
 def load_domain(name_or_path: str | Path) -> Domain:
@@ -155,11 +191,6 @@ def expand_pattern(pattern: str) -> str:
     for placeholder, expression in _PLACEHOLDERS.items():
         pattern = pattern.replace(placeholder, expression)
     return pattern
-
-
-def _check_system(side: str, system: str) -> None:
-    """Only the factors may vary a system text, and they do not vary within a domain: every prompt shares it."""
-    _check_template(f"{side}.system", system, {"factors"}, {"factors"})
 
 
 def _check_template(where: str, template: str, known: set[str] | frozenset[str], needed: set[str]) -> None:

@@ -65,6 +65,8 @@ class ItemFacts:
     sentences: tuple[str, ...] = ()
     """Of the linked pages' leads: the first one of each, then the others; without a defining first sentence that the
     phrases already tell."""
+    by_factor: tuple[tuple[str, str], ...] = ()
+    """Factor and text, of what was read off the page and of the catalogue's genres."""
 
     @property
     def name(self) -> str:
@@ -119,10 +121,14 @@ def item_facts(
     before: list[str] = []
     after: list[str] = []
     page_genre = ""
+    found = (
+        {"genre": ", ".join(known_genres(genres))} if known_genres(genres) and "genre" in domain.item.factors else {}
+    )
     for rule in domain.facts:
         if pages and (value := find_fact(rule, pages[0])):
             (before if rule.before_noun else after).append(rule.phrase.format(value=value))
             page_genre = value if rule.factor == "genre" else page_genre
+            found[rule.factor] = value
     leads = [split_sentences(page.lead) for page in pages]
     if leads and leads[0] and after and _DEFINITION.search(leads[0][0]):
         leads[0] = leads[0][1:]
@@ -137,6 +143,7 @@ def item_facts(
         before_noun=tuple(before),
         after_noun=tuple(after),
         sentences=tuple(sentences),
+        by_factor=tuple((factor, found[factor]) for factor in domain.item.factors if factor in found),
     )
 
 

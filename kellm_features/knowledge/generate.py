@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
-from kellm_features.errors import DataError
-from kellm_features.knowledge.domain import domain_path, load_domain
-from kellm_features.knowledge.facts import Event, ItemFacts, Page, UserFacts, item_facts, who
+from kellm_features.artifacts import Artifact
+from kellm_features.errors import SchemaError
+from kellm_features.knowledge.completions import CompletionStore
+from kellm_features.knowledge.domain import domain_path
+from kellm_features.knowledge.inputs import Inputs
 from kellm_features.knowledge.modelfiles import model_files
-from kellm_features.knowledge.prompts import item_prompt, user_prompt
-from kellm_features.knowledge.text import cut_to_tokens
-from kellm_features.knowledge.writer import Description, Writer
+from kellm_features.knowledge.requests import Description, descriptions_table
+from kellm_features.knowledge.writer import Writer
 from kellm_features.schemas import (
-    INTERACTIONS,
+    DEAD_LETTERS,
     ITEM_DESCRIPTIONS,
-    ITEMS,
-    LINKS,
-    PAGES,
     USER_DESCRIPTIONS,
-    USERS,
     TableSchema,
     id_type_of,
     read_table,
@@ -35,13 +32,14 @@ from kellm_features.schemas import (
 from kellm_features.settings import Settings
 from kellm_features.stages import StageContext, StageReport
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 logger = logging.getLogger(__name__)
 
-SAMPLES = 12
-EXCERPT_TOKENS = 120
+COMPLETIONS = "completions"
+TABLES = {
+    "item": ("item_descriptions.parquet", ITEM_DESCRIPTIONS),
+    "user": ("user_descriptions.parquet", USER_DESCRIPTIONS),
+}
+LOCAL_ENGINES = {"transformers", "vllm"}
 
 
 def input_files(settings: Settings) -> dict[str, Path]:
@@ -51,187 +49,168 @@ def input_files(settings: Settings) -> dict[str, Path]:
     if domain := domain_path(generate.domain):
         files["domain"] = domain
     model = Path(generate.model).expanduser()
-    if "transformers" in (generate.engine, generate.fallback_engine, generate.user_engine) and model.exists():
+    if LOCAL_ENGINES & {generate.engine, generate.fallback_engine, generate.user_engine} and model.exists():
         files |= {"model": model} if model.is_file() else {f"model/{n}": p for n, p in model_files(model).items()}
     return files
+
+
+def why_unfinished(settings: Settings, artifact: Artifact) -> str | None:
+    """What the stage's last run left to do although its inputs are unchanged: failed requests, or an ended budget."""
+    left = {"failed": artifact.manifest.notes.get("dead_letters"), "waiting": artifact.manifest.notes.get("waiting")}
+    told = [f"{count} {what}" for what, count in left.items() if count]
+    return f"{' and '.join(told)} requests are left" if told else None
 
 
 def run(ctx: StageContext) -> StageReport:
     """Describe every item, then every user.
 
-    The `limit` items most popular among the train rows go to `engine`, all others to `fallback_engine`, users to
-    `user_engine`. Profiles see the rows that `assign_roles` calls history, and no others.
+    The `limit` items most popular among the train rows go to `engine`, the `user_limit` users with the longest history
+    to `user_engine`, all others to `fallback_engine`. Profiles see the rows that `assign_roles` calls history, and no
+    others. Requests that fail for good stand in `dead_letters.parquet`, and their rows have another engine's text.
 
     Raises:
         ConfigError: an unknown domain, or one with a faulty template.
         EngineError: an unknown engine, or one that failed for good; what it had finished is kept for the next run.
         SchemaError: an input lacks a column.
     """
-    settings = ctx.settings.generate
-    domain = load_domain(settings.domain)
-    items = read_table(ctx.input("ingest", "items.parquet"), ITEMS)
-    users = read_table(ctx.input("ingest", "users.parquet"), USERS)
-    interactions = read_table(ctx.input("ingest", "interactions.parquet"), INTERACTIONS).to_pandas()
-    links = read_table(ctx.input("link", "links.parquet"), LINKS)
-    pages = _read_pages(ctx.input("wiki", "pages.parquet"), links)
-    writer = Writer(settings, domain, ctx.work / "completions")
+    inputs = Inputs(ctx.settings, ctx.input)
+    with CompletionStore(ctx.work / COMPLETIONS, forget=not ctx.settings.generate.resume) as store:
+        writer = Writer(ctx.settings.generate, inputs.domain, store)
+        described = _describe_items(ctx, inputs, writer)
+        profiles = _describe_users(ctx, inputs, writer, described)
+    sides = {"item": described, "user": profiles}
+    for side, rows in sides.items():
+        name, schema = TABLES[side]
+        source = inputs.items if side == "item" else inputs.users
+        write_table(descriptions_table(rows, schema, id_type_of(source.schema, f"{side}_id")), ctx.out / name, schema)
+    letters = _dead_letters(sides)
+    write_table(letters, ctx.out / "dead_letters.parquet", DEAD_LETTERS)
 
-    rows = items.to_pylist()
-    facts = {
-        row["item_id"]: item_facts(domain, row["title"], row["year"], row["genres"], pages.get(row["item_id"], ()))
-        for row in rows
-    }
-    order = _by_popularity(facts, interactions)
-    described = _describe_items(writer, facts, pages, order)
-    _write(described, items, "item_id", ITEM_DESCRIPTIONS, ctx.out / "item_descriptions.parquet")
-
-    history = _history(interactions, ctx.settings, facts, described)
-    profiles = _describe_users(writer, users.to_pylist(), history)
-    _write(profiles, users, "user_id", USER_DESCRIPTIONS, ctx.out / "user_descriptions.parquet")
-
-    grounded = sum(any(page.has_text for page in of_item) for of_item in pages.values())
+    grounded = sum(any(page.has_text for page in of_item) for of_item in inputs.pages.values())
     notes = {
-        "domain": domain.name,
-        "items_by_source": dict(Counter(d.source for d in described.values())),
-        "users_by_source": dict(Counter(d.source for d in profiles.values())),
+        "domain": inputs.domain.name,
+        "items_by_source": dict(Counter(row.source for row in described.values())),
+        "users_by_source": dict(Counter(row.source for row in profiles.values())),
         "items_grounded": grounded,
-        "items_without_page": len(rows) - grounded,
+        "items_without_page": len(described) - grounded,
+        "mean_grounding": _mean_grounding(described),
+        "dead_letters": letters.num_rows,
+        "waiting": sum(row.waiting for rows in sides.values() for row in rows.values()),
         **writer.usage.notes(),
-        "samples": _samples(described, facts, pages, order),
     }
     logger.info("descriptions: items %s, users %s", notes["items_by_source"], notes["users_by_source"])
     return StageReport(
-        rows_in=len(rows) + users.num_rows,
+        rows_in=inputs.items.num_rows + inputs.users.num_rows,
         rows_out=len(described) + len(profiles),
         models=dict(sorted(writer.usage.models.items())),
         notes=notes,
     )
 
 
-def _describe_items(
-    writer: Writer, facts: Mapping[Any, ItemFacts], pages: Mapping[Any, Sequence[Page]], order: Sequence[Any]
-) -> dict[Any, Description]:
-    settings = writer.settings
+def items_by_engine(inputs: Inputs) -> dict[str, list[Any]]:
+    """Engine -> the items that it describes, the most popular first."""
+    settings, order = inputs.settings.generate, inputs.item_order
     count = len(order) if settings.limit is None else settings.limit
-    described: dict[Any, Description] = {}
-    for name, ids in ((settings.engine, order[:count]), (settings.fallback_engine, order[count:])):
-        prompts = [item_prompt(writer.domain, facts[i], pages.get(i, ()), settings.page_tokens) for i in ids]
-        best = [pages[i][0] if i in pages else None for i in ids]
-        texts = writer.write(name, prompts, f"describe {writer.domain.plural}", best)
-        described.update(zip(ids, texts, strict=True))
-    return described
+    return _merged([(settings.engine, order[:count]), (settings.fallback_engine, order[count:])])
+
+
+def users_by_engine(inputs: Inputs) -> dict[str, list[Any]]:
+    """Engine -> the users that it profiles, the longest history first."""
+    settings, order = inputs.settings.generate, inputs.user_order
+    fit = [user_id for user_id in order if inputs.history_length(user_id) >= settings.min_history]
+    count = len(fit) if settings.user_limit is None else settings.user_limit
+    chosen = set(fit[:count])
+    return _merged(
+        [(settings.user_engine, fit[:count]), (settings.fallback_engine, [u for u in order if u not in chosen])]
+    )
+
+
+def _merged(parts: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
+    merged: dict[str, list[Any]] = {}
+    for name, ids in parts:
+        merged.setdefault(name, []).extend(ids)
+    return {name: ids for name, ids in merged.items() if ids}
+
+
+def _describe_items(ctx: StageContext, inputs: Inputs, writer: Writer) -> dict[Any, Description]:
+    settings = ctx.settings.generate
+    kept = _finished(ctx, "item", inputs.item_order)
+    parts = items_by_engine(inputs)
+    if kept is not None:
+        parts = {settings.fallback_engine: [item_id for item_id in inputs.item_order if item_id not in kept]}
+    rows = dict(kept or {})
+    for name, ids in parts.items():
+        texts = writer.write(name, inputs.item_requests(ids), f"describe {inputs.domain.plural}", settings.max_tokens)
+        rows.update(zip(ids, texts, strict=True))
+    return rows
 
 
 def _describe_users(
-    writer: Writer, users: Sequence[Mapping[str, Any]], history: Mapping[Any, Sequence[tuple[Event, str]]]
+    ctx: StageContext, inputs: Inputs, writer: Writer, described: Mapping[Any, Description]
 ) -> dict[Any, Description]:
-    domain, settings = writer.domain, writer.settings
-    prompts = []
-    for user in users:
-        seen = history.get(user["user_id"], ())
-        facts = UserFacts(
-            plural=domain.plural,
-            who=who(domain.consumer, user["gender"], user["age"], user["occupation"]),
-            events=tuple(event for event, _ in seen),
-        )
-        prompts.append(user_prompt(domain, facts, [digest for _, digest in seen], settings.profile_tokens))
-    texts = writer.write(settings.user_engine, prompts, "profile users", [None] * len(prompts))
-    return dict(zip((user["user_id"] for user in users), texts, strict=True))
+    settings = ctx.settings.generate
+    descriptions = {item_id: row.text for item_id, row in described.items()}
+    kept = _finished(ctx, "user", inputs.user_order)
+    parts = users_by_engine(inputs)
+    if kept is not None:
+        parts = {settings.fallback_engine: [user_id for user_id in inputs.user_order if user_id not in kept]}
+    rows = dict(kept or {})
+    for name, ids in parts.items():
+        requests = inputs.user_requests(ids, descriptions)
+        texts = writer.write(name, requests, "profile users", settings.user_max_tokens or settings.max_tokens)
+        rows.update(zip(ids, texts, strict=True))
+    return rows
 
 
-def _history(
-    interactions: pd.DataFrame,
-    settings: Settings,
-    facts: Mapping[Any, ItemFacts],
-    described: Mapping[Any, Description],
-) -> dict[Any, list[tuple[Event, str]]]:
-    """Per user the history's events in time order, each with the description of its item."""
-    from kellm_features.data.history import assign_roles
+def _finished(ctx: StageContext, side: str, ids: Sequence[Any]) -> dict[Any, Description] | None:
+    """The texts of a side that `generate.side` leaves alone, as the stage's last run wrote them; None of the other.
 
-    roles = assign_roles(
-        interactions,
-        split=settings.data.split,
-        max_history=settings.history.max_events,
-        ties=settings.history.ties,
-        seed=settings.run.seed,
+    They are taken over where they come from the same split: a profile of another one may know what is a label here.
+    """
+    if ctx.settings.generate.side in ("both", side):
+        return None
+    previous = ctx.previous
+    name, schema = TABLES[side]
+    if previous is None or previous.manifest.split_hash != ctx.split_hash:
+        return {}
+    known = set(ids)
+    try:
+        table = read_table(previous.file(name), schema)
+    except SchemaError as error:
+        logger.warning("the %s texts of the last run are of another version and not taken over: %s", side, error)
+        return {}
+    return {row.pop(f"{side}_id"): _description(row) for row in table.to_pylist() if row[f"{side}_id"] in known}
+
+
+def _description(row: dict[str, Any]) -> Description:
+    factors = None if row["factors"] is None else dict(row["factors"])
+    return Description(
+        row["description"],
+        row["description_source"],
+        row["prompt_hash"],
+        row["model_id"],
+        row["grounding"],
+        row["prompt_tokens"],
+        row["completion_tokens"],
+        factors,
     )
-    known = roles[roles["role"].eq("history")]
-    found: dict[Any, list[tuple[Event, str]]] = {}
-    columns = (known[name].tolist() for name in ("user_id", "item_id", "rating", "liked"))
-    for user_id, item_id, rating, liked in zip(*columns, strict=True):
-        item = facts[item_id]
-        event = Event(item.title, item.year, item.genres, None if rating != rating else float(rating), bool(liked))
-        found.setdefault(user_id, []).append((event, described[item_id].text))
-    return found
 
 
-def _by_popularity(facts: Mapping[Any, ItemFacts], interactions: pd.DataFrame) -> list[Any]:
-    """All items, those with the most train rows first, equals by id."""
-    counts = interactions.loc[interactions["split"].eq("train"), "item_id"].value_counts().to_dict()
-    return sorted(facts, key=lambda item_id: (-counts.get(item_id, 0), item_id))
-
-
-def _read_pages(path: Path, links: pa.Table) -> dict[Any, list[Page]]:
-    """The linked pages alone, by item, the best first; an article may mention several."""
-    linked = links.filter(pc.is_valid(links["wiki_page_id"])).sort_by(
-        [("item_id", "ascending"), ("link_score", "descending"), ("wiki_page_id", "ascending")]
-    )
-    dataset = ds.dataset(path, format="parquet")
-    PAGES.check(dataset.schema, str(path))
-    wanted = dataset.to_table(
-        columns=["wiki_page_id", "wiki_title", "lead", "sections"],
-        filter=pc.field("wiki_page_id").isin(linked["wiki_page_id"].unique()),
-    )
-    pages = {
-        row["wiki_page_id"]: Page(
-            row["wiki_title"], row["lead"], tuple((s["name"] or "", s["text"] or "") for s in row["sections"])
-        )
-        for row in wanted.to_pylist()
-    }
-    by_item: dict[Any, list[Page]] = {}
-    for link in linked.select(["item_id", "wiki_page_id"]).to_pylist():
-        if link["wiki_page_id"] not in pages:
-            raise DataError(
-                f"{path}: page {link['wiki_page_id']}, to which item {link['item_id']!r} is linked, is not there: "
-                "run  kellm run --from wiki"
-            )
-        by_item.setdefault(link["item_id"], []).append(pages[link["wiki_page_id"]])
-    return by_item
-
-
-def _write(rows: Mapping[Any, Description], table: pa.Table, key: str, schema: TableSchema, path: Path) -> None:
-    ids = sorted(rows)
-    columns = [
-        ids,
-        [rows[i].text for i in ids],
-        [rows[i].source for i in ids],
-        [rows[i].prompt_hash for i in ids],
-        [rows[i].model_id for i in ids],
+def _dead_letters(sides: Mapping[str, Mapping[Any, Description]]) -> pa.Table:
+    """Requests that failed for good, with what was seen."""
+    rows = [
+        {"side": side, "id": str(key), **dataclasses.asdict(row.failed)}
+        for side, of_side in sides.items()
+        for key, row in sorted(of_side.items())
+        if row.failed is not None
     ]
-    arrow = schema.arrow(id_type_of(table.schema, key))
-    write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema=arrow), path, schema)
+    return pa.Table.from_pylist(rows, schema=DEAD_LETTERS.arrow())
 
 
-def _samples(
-    described: Mapping[Any, Description],
-    facts: Mapping[Any, ItemFacts],
-    pages: Mapping[Any, Sequence[Page]],
-    order: Sequence[Any],
-) -> list[dict[str, Any]]:
-    """The most popular items, half of them of the first source, so that each source is seen."""
-    by_source: dict[str, list[Any]] = {}
-    for item_id in order:
-        by_source.setdefault(described[item_id].source, []).append(item_id)
-    share = max(1, SAMPLES // max(1, len(by_source)))
-    chosen = [item_id for ids in by_source.values() for item_id in ids[:share]][:SAMPLES]
-    return [
-        {
-            "item_id": item_id,
-            "title": facts[item_id].name,
-            "wiki_title": pages[item_id][0].title if item_id in pages else None,
-            "source_excerpt": cut_to_tokens(pages[item_id][0].lead, EXCERPT_TOKENS) if item_id in pages else None,
-            "description": described[item_id].text,
-            "description_source": described[item_id].source,
-        }
-        for item_id in chosen
-    ]
+def _mean_grounding(rows: Mapping[Any, Description]) -> dict[str, float]:
+    """Source -> mean score of its texts that have one."""
+    scores: dict[str, list[float]] = {}
+    for row in rows.values():
+        if row.grounding is not None:
+            scores.setdefault(row.source, []).append(row.grounding)
+    return {source: round(float(np.mean(of_source)), 4) for source, of_source in sorted(scores.items())}

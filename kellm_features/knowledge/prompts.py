@@ -7,26 +7,35 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from kellm_features.knowledge.domain import Domain
+from kellm_features.knowledge.domain import Domain, ItemPrompts, UserPrompts
 from kellm_features.knowledge.engines.base import Engine, Prompt
+from kellm_features.knowledge.factors import factor_schema
 from kellm_features.knowledge.facts import Event, ItemFacts, Page, UserFacts
 from kellm_features.knowledge.text import as_data, cut_to_tokens, estimate_tokens, squeeze
 
 MIN_SECTION_TOKENS = 16
 """A section is not begun where less of the budget is left: a few words tell nothing."""
-DIGEST_TOKENS = 60
-"""Of an item's description in a user's prompt."""
 
 
-def item_prompt(domain: Domain, facts: ItemFacts, pages: Sequence[Page], page_tokens: int) -> Prompt:
+def item_prompt(
+    domain: Domain,
+    facts: ItemFacts,
+    pages: Sequence[Page],
+    page_tokens: int | None = None,
+    *,
+    by_factor: bool = False,
+) -> Prompt:
     """The prompt of one item: grounded where a page with text is linked, closed-book otherwise (KELLMRec Table 2).
 
     Args:
         domain: templates and section order.
         facts: of the item.
         pages: the linked pages, the best first.
-        page_tokens: budget of the text of all pages, in estimated tokens.
+        page_tokens: budget of the text of all pages, in estimated tokens; None: the domain's.
+        by_factor: ask for one text per factor.
     """
+    if page_tokens is None:
+        page_tokens = domain.budget.page_tokens
     factors = ", ".join(domain.item.factors)
     fields = {
         "title": _line(facts.name),
@@ -39,7 +48,7 @@ def item_prompt(domain: Domain, facts: ItemFacts, pages: Sequence[Page], page_to
         user = domain.item.grounded
     else:
         user = domain.item.closed_book
-    return Prompt(domain.item.system.format(factors=factors), user.format_map(fields), facts)
+    return _prompt(domain.item, user.format_map(fields), facts, by_factor)
 
 
 def page_text(pages: Sequence[Page], sections: Sequence[str], tokens: int) -> str:
@@ -67,7 +76,14 @@ def page_text(pages: Sequence[Page], sections: Sequence[str], tokens: int) -> st
     return as_data("\n".join(lines))
 
 
-def user_prompt(domain: Domain, facts: UserFacts, descriptions: Sequence[str], profile_tokens: int) -> Prompt:
+def user_prompt(
+    domain: Domain,
+    facts: UserFacts,
+    descriptions: Sequence[str],
+    profile_tokens: int | None = None,
+    *,
+    by_factor: bool = False,
+) -> Prompt:
     """The prompt of one user: who it is, the history in time order, and what its items are (KELLMRec Table 2).
 
     Args:
@@ -75,9 +91,10 @@ def user_prompt(domain: Domain, facts: UserFacts, descriptions: Sequence[str], p
         facts: demographics and history; nothing later than the history's cut may be in them.
         descriptions: of the history's items, in the same order; empty where there is none.
         profile_tokens: budget of history and descriptions together, in estimated tokens. The newest are kept: first
-            as many events as fit, then as many digests.
+            as many events as fit, then as many digests. None: the domain's.
+        by_factor: ask for one text per factor.
     """
-    left = profile_tokens
+    left = domain.budget.profile_tokens if profile_tokens is None else profile_tokens
     lines: list[str] = []
     for event in reversed(facts.events):
         line = as_data(f"- {squeeze(_said(event))}")
@@ -86,7 +103,7 @@ def user_prompt(domain: Domain, facts: UserFacts, descriptions: Sequence[str], p
         lines.append(line)
     digests: list[str] = []
     for description in list(reversed(descriptions))[: len(lines)]:
-        digest = as_data(cut_to_tokens(description, DIGEST_TOKENS))
+        digest = as_data(cut_to_tokens(description, domain.budget.digest_tokens))
         if not digest:
             continue
         if (left := left - estimate_tokens(digest) - 1) < 0:
@@ -99,15 +116,48 @@ def user_prompt(domain: Domain, facts: UserFacts, descriptions: Sequence[str], p
         "descriptions": _delimited("descriptions", "\n".join(reversed(digests))),
         "factors": factors,
     }
-    return Prompt(domain.user.system.format(factors=factors), domain.user.prompt.format_map(fields), facts)
+    return _prompt(domain.user, domain.user.prompt.format_map(fields), facts, by_factor)
+
+
+def ask_again(domain: Domain, prompt: Prompt) -> Prompt:
+    """The prompt whose first answer said what its source does not tell, with a closing sentence that forbids it."""
+    part = domain.item if isinstance(prompt.facts, ItemFacts) else domain.user
+    closing = part.again.format(factors=", ".join(part.factors))
+    return dataclasses.replace(prompt, user=f"{prompt.user}\n{closing}")
 
 
 def prompt_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int) -> str:
     """SHA-256 of everything that shapes the text: template version, model, revision, sampling, limit, and the prompt
-    in the form that the engine reads (rendered text for a language model, facts for templates)."""
-    read: object = [prompt.system, prompt.user] if engine.source == "llm" else dataclasses.asdict(prompt.facts)
+    in the form that the engine reads (rendered text and schema for a language model, facts for templates)."""
+    read: object = dataclasses.asdict(prompt.facts)
+    if engine.source == "llm":
+        read = [prompt.system, prompt.user, prompt.schema]
+    return _hash(engine, domain, max_tokens, read)
+
+
+def history_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int) -> str:
+    """SHA-256 of what `prompt_hash` covers, of a user's prompt, but for the digests of the items in the history."""
+    read = [
+        prompt.system,
+        domain.user.prompt,
+        domain.budget.model_dump(),
+        dataclasses.asdict(prompt.facts),
+        prompt.schema,
+    ]
+    return _hash(engine, domain, max_tokens, read)
+
+
+def _hash(engine: Engine, domain: Domain, max_tokens: int, read: object) -> str:
     parts = [domain.name, domain.version, engine.model_id, engine.revision, engine.sampling, max_tokens, read]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _prompt(part: ItemPrompts | UserPrompts, user: str, facts: ItemFacts | UserFacts, by_factor: bool) -> Prompt:
+    factors = ", ".join(part.factors)
+    system = part.system.format(factors=factors)
+    if not by_factor:
+        return Prompt(system, user, facts)
+    return Prompt(f"{system}\n{part.by_factor.format(factors=factors)}", user, facts, factor_schema(part.factors))
 
 
 def _said(event: Event) -> str:

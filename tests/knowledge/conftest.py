@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,8 @@ import pytest
 
 from kellm_features.artifacts import Artifact, Manifest
 from kellm_features.errors import EngineError
-from kellm_features.knowledge.engines import Completion, Prompt
+from kellm_features.knowledge.engines import Answer, Completion, Failure, Prompt
+from kellm_features.knowledge.facts import ItemFacts
 from kellm_features.schemas import INTERACTIONS, ITEMS, LINKS, PAGES, USERS, write_table
 from kellm_features.settings import Settings, load_settings
 from kellm_features.stages import StageContext
@@ -136,7 +137,7 @@ class World:
         )
 
     def artifact(self, name: str) -> Artifact:
-        return Artifact(self.root / name, Manifest.model_construct(stage=name))
+        return Artifact(self.root / name, Manifest.model_construct(stage=name, split_hash="split"))
 
     @staticmethod
     def settings(*overrides: str) -> Settings:
@@ -162,20 +163,28 @@ class FakeEngine:
         self.shard_size = 2
         self.asked: list[Prompt] = []
         self.answers: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
         self.fail_after: int | None = None
 
-    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
-        if self.fail_after is not None and len(self.asked) >= self.fail_after:
-            raise EngineError("the machine was switched off")
-        self.asked += requests
-        return [Completion(self._answer(r), prompt_tokens=50, completion_tokens=10) for r in requests]
+    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
+        for place, request in reversed(list(enumerate(requests))):  # in an order of its own
+            if self.fail_after is not None and len(self.asked) >= self.fail_after:
+                raise EngineError("the machine was switched off")
+            self.asked.append(request)
+            refused = next((reason for key, reason in self.refused.items() if key in request.user), None)
+            if refused is not None:
+                yield place, Failure(refused)
+            else:
+                yield place, Completion(self._answer(request), prompt_tokens=50, completion_tokens=10)
 
     def _answer(self, request: Prompt) -> str:
         for key, answer in self.answers.items():
             if key in request.user:
                 return answer
-        words = [w for w in request.user.split() if w.isalpha()][10:16]
-        return f"This description was written by a model about {' '.join(words)}."
+        facts = request.facts
+        name = facts.name if isinstance(facts, ItemFacts) else "Their taste"
+        words = [w.lower() for w in request.user.split() if w.isalpha()][10:16]
+        return f"{name} was put into words by a model about {' '.join(words)}."
 
 
 @pytest.fixture

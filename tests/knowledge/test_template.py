@@ -132,4 +132,7 @@ def test_any_profile_keeps_its_budget_and_repeats_itself(history: list[Event], m
     assert text
     assert estimate_tokens(text) <= max_tokens
     engine = load_engine("template", GenerateSettings())
-    assert [c.text for c in engine.generate([Prompt("", "", facts)] * 2, max_tokens=max_tokens)] == [text, text]
+    assert [(place, c.text) for place, c in engine.generate([Prompt("", "", facts)] * 2, max_tokens=max_tokens)] == [
+        (0, text),
+        (1, text),
+    ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kellm_features.knowledge.facts import ItemFacts, UserFacts
 
@@ -20,6 +20,9 @@ class Prompt:
     system: str
     user: str
     facts: ItemFacts | UserFacts
+    schema: Mapping[str, Any] | None = None
+    """JSON schema of the answer where one text per factor is asked for. An engine that can, decodes under it; one that
+    cannot, ignores it: the answer is validated in any case."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: Literal["stop", "length"] = "stop"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that failed for good, after the engine's own retries. It lands among the dead letters."""
+
+    reason: str
+    """One line: what was seen. Never a key, never page text."""
+
+
+Answer = Completion | Failure
 
 
 class Engine(Protocol):
@@ -59,11 +73,17 @@ class Engine(Protocol):
 
     @property
     def shard_size(self) -> int:
-        """Requests that suit one call. The completions of a call are stored together: a kill loses one call's work."""
+        """Requests that suit one call: enough to keep the engine busy."""
 
-    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
-        """One completion per request, in order, none longer than `max_tokens` tokens.
+    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
+        """Answers as they are finished, in any order, each with the place of its request: one per request.
+
+        Each is on disk before the next is asked for, so a kill loses what the engine was working on and no more.
+
+        Args:
+            requests: any number up to `shard_size`.
+            max_tokens: of one answer.
 
         Raises:
-            EngineError: the engine failed for good.
+            EngineError: the engine itself failed for good; nothing more can be asked of it.
         """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from kellm_features.knowledge.engines.base import Completion, Prompt
+from kellm_features.knowledge.engines.base import Answer, Completion, Prompt
 from kellm_features.knowledge.facts import Event, ItemFacts, UserFacts, indefinite
 from kellm_features.knowledge.text import cut_to_tokens, estimate_tokens, join_and, take_sentences
 from kellm_features.settings import GenerateSettings
@@ -35,15 +35,14 @@ class TemplateEngine:
     def __init__(self, settings: GenerateSettings | None = None) -> None:
         """Needs no settings; takes them as every engine's factory does."""
 
-    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+    def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
         """One text per request, within `max_tokens` estimated tokens; the same facts give the same text."""
-        texts = [
-            describe_item(request.facts, max_tokens)
-            if isinstance(request.facts, ItemFacts)
-            else describe_user(request.facts, max_tokens)
-            for request in requests
-        ]
-        return [Completion(text, completion_tokens=estimate_tokens(text)) for text in texts]
+        for place, request in enumerate(requests):
+            facts = request.facts
+            text = (
+                describe_item(facts, max_tokens) if isinstance(facts, ItemFacts) else describe_user(facts, max_tokens)
+            )
+            yield place, Completion(text)
 
 
 def describe_item(facts: ItemFacts, max_tokens: int) -> str:
