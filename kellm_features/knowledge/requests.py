@@ -32,7 +32,8 @@ class Request:
         """The text that names, years and numbers of the answer are looked up in; empty where nothing is known."""
         facts = self.prompt.facts
         if isinstance(facts, UserFacts):
-            return self.prompt.user if facts.events else ""
+            genres = dict.fromkeys(genre for event in facts.events for genre in event.genres)
+            return "\n".join([self.prompt.user, *genres]) if facts.events else ""
         return source_text(facts.name, facts.genres, self.pages) if any(page.has_text for page in self.pages) else ""
 
 

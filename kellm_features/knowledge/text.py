@@ -15,6 +15,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z0-9À
 _ARTICLE = re.compile(
     r"^(?P<head>[^(]+), (?P<article>The|A|An|Le|La|Les|L'|Il|El|Los|Las|Der|Die|Das|Un|Une)(?P<aka> \(.*\))?$"
 )
+_BRACKETED = re.compile(r"\[(/?[A-Z_]{3,})\]")
 _YEAR_AT_END = re.compile(r"\s*\((?P<year>\d{4})\)\s*$")
 
 
@@ -70,9 +71,10 @@ def as_data(text: str) -> str:
     """Text from outside made safe to stand between delimiters.
 
     Angle brackets become ‹ and ›, so that it can neither close its delimiter nor spell a chat template's control
-    token such as <|im_start|>. Control characters are dropped.
+    token such as <|im_start|>; nor can capitals in square brackets, such as [INST], which they become as well. Control
+    characters are dropped.
     """
-    text = text.replace("<", "‹").replace(">", "›")
+    text = _BRACKETED.sub(r"‹\1›", text.replace("<", "‹").replace(">", "›"))
     return "".join(c for c in text if c.isprintable() or c == "\n")
 
 

@@ -20,16 +20,22 @@ WHOLE = {"genre": "crime", "director": "Michael Mann", "plot/theme": "A detectiv
         ('{"genre": "crime", "direc', {"genre": "crime"}),
         ('{"genre": "crime", "director":', {"genre": "crime"}),
         # Not under the schema: case, lists, nothing known, keys of no domain, values of no text.
-        ('{"Genre": ["crime", "drama"], "DIRECTOR": "unknown", "plot/theme": null, "mood": "dark"}', {"genre": "crime, drama"}),
+        (
+            '{"Genre": ["crime", "drama"], "DIRECTOR": "unknown", "plot/theme": null, "x": "y"}',
+            {"genre": "crime, drama"},
+        ),
         ('{"genre": {"a": 1}, "director": 7, "plot/theme": "n/a"}', {}),
         ('{"director": "Not mentioned in the text."}', {}),
         # No JSON at all.
-        ("Genre: crime\n- **Director**: Michael Mann\n3. Plot/theme: A hunt: long", {"genre": "crime", "director": "Michael Mann", "plot/theme": "A hunt: long"}),
+        (
+            "Genre: crime\n- **Director**: Michael Mann\n3. Plot/theme: A hunt: long",
+            {"genre": "crime", "director": "Michael Mann", "plot/theme": "A hunt: long"},
+        ),
         ("Heat is a crime film by Michael Mann.", {}),
         ("", {}),
         ("{" * 2000, {}),
     ],
-)  # fmt: skip
+)
 def test_factors_that_an_answer_tells(answer: str, told: dict[str, str]) -> None:
     assert parse_factors(answer, FACTORS) == told
 
