@@ -24,7 +24,6 @@ from kellm_features.schemas import (
     DEAD_LETTERS,
     ITEM_DESCRIPTIONS,
     USER_DESCRIPTIONS,
-    TableSchema,
     id_type_of,
     read_table,
     write_table,

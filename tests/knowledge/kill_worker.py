@@ -29,9 +29,10 @@ def many_films(count: int, changed: frozenset[int] = frozenset()) -> World:
     """A catalogue of so many films, each with a page of its own; those in `changed` have another lead."""
     world = World(Path())
     world.films = [(n, f"Film {n:04}", 1950 + n % 50, ["Drama"]) for n in range(1, count + 1)]
+    made = {True: "remade", False: "made"}
     world.leads = {
-        n: f"Film {n:04} is a {1950 + n % 50} drama film directed by Ada Nr{n}. It was {'re' * (n in changed)}made in town {n}."
-        for n, *_ in world.films
+        n: f"Film {n:04} is a {year} drama film directed by Ada Nr{n}. It was {made[n in changed]} in town {n}."
+        for n, _, year, _ in world.films
     }
     return world
 
