@@ -161,7 +161,7 @@ class ServerSettings(Section):
         Field(
             ge=1, le=100, description="of one request, with backoff between them", json_schema_extra={"tuning": True}
         ),
-    ] = 6
+    ] = 8
     request: Annotated[
         dict[str, Any], Field(description="further fields of every request, as in { temperature = 0.2 }")
     ] = {}
@@ -499,7 +499,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 _PATH_KEYS = {"data": ("path", "interactions", "items", "users"), "wiki": ("dump",), "store": ("repo",)}
 _PATH_OR_NAME_KEYS = {"generate": ("domain", "model"), "encode": ("model",)}
-"""Names of something shipped, or paths; a relative path is told by its slash or suffix."""
+"""Names of something shipped or on a hub, or paths; a relative path is told by its suffix, or by being there."""
 
 
 def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -517,8 +517,11 @@ def _resolve_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for key in keys if isinstance(section, dict) else ():
             assert isinstance(section, dict)
             value = section.get(key)
-            if isinstance(value, str) and ("/" in value or value.endswith((".toml", ".gguf"))):
-                section[key] = str(folder / Path(value).expanduser())
+            if not isinstance(value, str):
+                continue
+            path = folder / Path(value).expanduser()
+            if value.startswith((".", "~")) or value.endswith((".toml", ".gguf")) or ("/" in value and path.exists()):
+                section[key] = str(path)
     return resolved
 
 

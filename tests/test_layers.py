@@ -12,7 +12,14 @@ GROUND = {
     f"kellm_features.{name}"
     for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources", "java", "overrides")
 } | {"kellm_features"}
-HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas")
+HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas", "openai")
+
+
+BEYOND = {
+    ("spark_jobs", "kellm_spark", "publish.py"): ("kellm_features.store",),
+    ("spark_jobs", "kellm_spark", "descriptions"): ("kellm_features.knowledge", "kellm_features.data"),
+}
+"""Jobs that run on Spark what also runs without it, and what they import for that."""
 
 
 def ours(path: Path) -> set[str]:
@@ -44,7 +51,7 @@ def allowed(name: str, prefixes: tuple[str, ...]) -> bool:
 )
 def test_layers(folder: str, may_import: tuple[str, ...]) -> None:
     for path in (ROOT / folder).rglob("*.py"):
-        more = ("kellm_features.store",) if path.name == "publish.py" and folder == "spark_jobs/kellm_spark" else ()
+        more = BEYOND.get(path.relative_to(ROOT).parts[:3], ())
         wrong = {name for name in ours(path) if not allowed(name, (*may_import, *more))}
         if folder == "kernels/kellm_kernels":
             wrong |= {name for name in ours(path) if name.startswith("kellm_features")}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,9 +169,13 @@ class Writer:
         with track(label, len(waiting), "texts") as advance:
             while shard := self._affordable(waiting, engine.shard_size, max_tokens):
                 del waiting[: len(shard)]
-                for answer in self._ask_engine(engine, shard, max_tokens):
-                    answered += answer.completion_tokens if isinstance(answer, Completion) else 0
-                    advance(1, f"{answered / (time.monotonic() - started):.0f} tokens/s")
+                with ExitStack() as asking:
+                    answers = engine.generate([ask.prompt for ask in shard], max_tokens=max_tokens)
+                    if isinstance(answers, Generator):
+                        asking.callback(answers.close)  # what is in flight ends with this run, not when memory is freed
+                    for answer in self._keep(engine, shard, answers):
+                        answered += answer.completion_tokens if isinstance(answer, Completion) else 0
+                        advance(1, f"{answered / (time.monotonic() - started):.0f} tokens/s")
         self.usage.seconds += time.monotonic() - started
         if waiting:
             budget = self.settings.budget_tokens
@@ -189,10 +194,10 @@ class Writer:
             shard.append(ask)
         return shard
 
-    def _ask_engine(self, engine: Engine, shard: Sequence[_Ask], max_tokens: int) -> Iterator[Answer]:
+    def _keep(self, engine: Engine, shard: Sequence[_Ask], answers: Iterator[tuple[int, Answer]]) -> Iterator[Answer]:
         """The engine's answers, each kept before it is given on."""
         unanswered = set(range(len(shard)))
-        for place, answer in engine.generate([ask.prompt for ask in shard], max_tokens=max_tokens):
+        for place, answer in answers:
             if place not in unanswered:
                 raise EngineError(
                     f"the engine of {engine.model_id} answered request {place} of {len(shard)} twice, or out of range: "
