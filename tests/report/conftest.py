@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ RAW_DEGREES = [0, 10, 25, 45, 70, 100, 135, 175, 220, 270, 300, 330]
 ADAPTED_DEGREES = [0, 90, 25, 110, 70, 4, 135, 175, 220, 270, 2, 330]
 
 
-def table(rows: list[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
+def table(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
     return pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema)
 
 
@@ -98,14 +98,34 @@ def make_link(run: Path, rows: list[tuple[object, ...]] = LINKS) -> None:
     finish(run, "link")
 
 
-def make_generate(run: Path) -> None:
-    rows = [
-        (n, f"Text {n} {HOSTILE}", "llm" if n in (1, 2, 4) else "template", "h", "SmolLM2-135M-Instruct")
-        for n in range(1, 13)
-    ]
-    path = run / "generate/item_descriptions.parquet"
-    schemas.write_table(table(rows, schemas.ITEM_DESCRIPTIONS.arrow()), path, schemas.ITEM_DESCRIPTIONS)
-    finish(run, "generate")
+DESCRIPTIONS: list[dict[str, object]] = [
+    {
+        "item_id": n,
+        "description": f"Text {n} {HOSTILE}",
+        "description_source": "llm" if n in (1, 2, 4) else "template",
+        "grounding": 0.5 if n < 4 else None,
+    }
+    for n in range(1, 13)
+]
+
+
+def make_generate(
+    run: Path,
+    rows: Sequence[dict[str, object]] = DESCRIPTIONS,
+    dead_letters: Sequence[dict[str, object]] = (),
+    **figures: object,
+) -> None:
+    model = {"prompt_hash": "h", "model_id": "SmolLM2-135M-Instruct"}
+    tokens = {"llm": {"prompt_tokens": 40, "completion_tokens": 9}}
+    none = {"prompt_tokens": 0, "completion_tokens": 0}
+    for name, schema, of_table in (
+        ("item_descriptions", schemas.ITEM_DESCRIPTIONS, rows),
+        ("dead_letters", schemas.DEAD_LETTERS, dead_letters),
+    ):
+        filled = [model | tokens.get(str(row.get("description_source")), none) | row for row in of_table]
+        path = run / f"generate/{name}.parquet"
+        schemas.write_table(pa.Table.from_pylist(filled, schema=schema.arrow()), path, schema)
+    finish(run, "generate", **figures)
 
 
 def make_encode(run: Path) -> None:
@@ -167,14 +187,18 @@ MAKERS = {
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run directory with the named stages, all by default, and these rows of links."""
+    """Make a run directory with the named stages, all by default, these links, and what `make_generate` takes."""
 
-    def make(*stages: str, links: list[tuple[object, ...]] | None = None) -> Path:
+    def make(
+        *stages: str, links: list[tuple[object, ...]] | None = None, generate: dict[str, object] | None = None
+    ) -> Path:
         run = tmp_path / "runs" / "small"
         run.mkdir(parents=True)
         for stage in stages or tuple(MAKERS):
             if stage == "link" and links is not None:
                 make_link(run, links)
+            elif stage == "generate" and generate is not None:
+                make_generate(run, **generate)
             else:
                 MAKERS[stage](run)
         return run
