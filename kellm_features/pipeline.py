@@ -46,6 +46,7 @@ EXTRA_OF_MODULE = {
     "transformers": "llm",
     "gguf": "llm",
     "sentence_transformers": "encode",
+    "huggingface_hub": "encode",
     "jinja2": "report",
     "openai": "openai",
     "tenacity": "openai",

@@ -65,16 +65,17 @@ _OPENERS = frozenset(
     """
     a about above across additionally after against all along alongside also although amid among an and another any
     appearing are around as at based because before behind being below beside besides between both but by can
-    comparable considered created critically despite directed disliked do due during each edited either enter especially even
-    ever every everyone expect explore fans featured features featuring few finally following for from full further
-    furthermore given has have he her here his how however if in including indeed inspired instead into is it its
-    join joined joining just key known later led less let like liked likewise loosely made main many meanwhile memorable
-    more moreover most much my named near nearly neither never nevertheless next no nor not notable notably now of
-    off often on once one only or other others our over part perhaps portrayed primarily produced rarely released renowned
-    see set several she shot similar similarly simply since so some soon starring still such supported supporting
-    take than that the their then there these they this those though three through throughout thus to today together
-    toward towards two ultimately under unlike until up upon us very veteran was we well were what whatever when
-    whenever where whereas whether which while who whose why will with within without written yet you young your
+    comparable considered created critically despite directed disliked do due during each edited either enter
+    especially even ever every everyone expect explore fans featured features featuring few finally following for
+    from full further furthermore given has have he her here his how however if in including indeed inspired instead
+    into is it its join joined joining just key known later led less let like liked likewise loosely made main many
+    meanwhile memorable more moreover most much my named near nearly neither never nevertheless next no nor not
+    notable notably now of off often on once one only or other others our over part perhaps portrayed primarily
+    produced rarely released renowned see set several she shot similar similarly simply since so some soon starring
+    still such supported supporting take than that the their then there these they this those though three through
+    throughout thus to today together toward towards two ultimately under unlike until up upon us very veteran was
+    we well were what whatever when whenever where whereas whether which while who whose why will with within
+    without written yet you young your
     """.split()
 )
 ARTICLES = ("the", "a", "an")

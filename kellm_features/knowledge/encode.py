@@ -1,4 +1,4 @@
-"""Stage `encode`: descriptions to frozen encodings; rows whose text is unchanged are taken over."""
+"""Stage `encode`: descriptions to frozen encodings; what was encoded before, in a run that ended or not, is kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kellm_features.artifacts import Artifact
 from kellm_features.errors import DataError
 from kellm_features.knowledge.encoder import Encoder, encoder_folder
 from kellm_features.knowledge.facts import known_genres
 from kellm_features.knowledge.modelfiles import model_files
 from kellm_features.knowledge.text import bare_title, titled
+from kellm_features.knowledge.vectors import VectorStore, to_arrow
 from kellm_features.progress import track
 from kellm_features.schemas import (
     ITEM_DESCRIPTIONS,
@@ -27,7 +26,6 @@ from kellm_features.schemas import (
     ITEMS,
     USER_DESCRIPTIONS,
     USER_ENCODINGS,
-    TableSchema,
     id_type_of,
     read_table,
     write_table,
@@ -37,14 +35,18 @@ from kellm_features.stages import StageContext, StageReport
 
 logger = logging.getLogger(__name__)
 
+KEEP_EVERY_S = 10.0
+"""Finished vectors go to disk this often: rarely enough for a GPU's thousands of texts per second."""
+
 
 def input_files(settings: Settings) -> dict[str, Path]:
     """The encoder's files, so that an encoder edited in place makes the stage stale.
 
     Raises:
         ConfigError: `encode.model` names no encoder.
+        EngineError: it names a hub model that is not on this machine and cannot be fetched.
     """
-    return {f"model/{name}": path for name, path in model_files(encoder_folder(settings.encode.model)).items()}
+    return {f"model/{name}": path for name, path in model_files(encoder_folder(settings.encode)).items()}
 
 
 def encoded_text(title: str, year: int | None, genres: Sequence[str], description: str) -> str:
@@ -65,18 +67,66 @@ def encoded_text(title: str, year: int | None, genres: Sequence[str], descriptio
 def run(ctx: StageContext) -> StageReport:
     """Encode item and user descriptions.
 
+    A text that this encoder has encoded before keeps its vector: those of the stage's last run, and those that a run
+    had finished when it was killed.
+
     Raises:
         DataError: an item has no description, or the encoder gave a vector that is not finite.
         ConfigError: `encode.model` names no encoder.
-        EngineError: the encoder cannot be loaded.
+        EngineError: the encoder cannot be loaded, or a process of `encode.devices` failed.
     """
     items = read_table(ctx.input("ingest", "items.parquet"), ITEMS)
     item_texts = read_table(ctx.input("generate", "item_descriptions.parquet"), ITEM_DESCRIPTIONS)
     user_texts = read_table(ctx.input("generate", "user_descriptions.parquet"), USER_DESCRIPTIONS)
+    profiles = dict(zip(user_texts["user_id"].to_pylist(), user_texts["description"].to_pylist(), strict=True))
+    sides = (
+        ("item", _item_texts(items, item_texts), ITEM_ENCODINGS, id_type_of(item_texts.schema, "item_id")),
+        ("user", profiles, USER_ENCODINGS, id_type_of(user_texts.schema, "user_id")),
+    )
+    rows, encoded, started = 0, 0, time.monotonic()
+    with Encoder(ctx.settings.encode) as encoder:
+        earlier = [] if ctx.previous is None else sorted(ctx.previous.path.glob("*_encodings.parquet"))
+        store = VectorStore(ctx.work, encoder.encoder_id, encoder.dim, earlier)
+        for side, texts, schema, id_type in sides:
+            ids = sorted(texts)
+            hashes = [hashlib.sha256(texts[i].encode()).hexdigest() for i in ids]
+            missing = [k for k, text_hash in enumerate(hashes) if text_hash not in store]
+            _encode(encoder, store, side, {hashes[k]: (ids[k], texts[ids[k]]) for k in missing})
+            table = pa.table(
+                [
+                    pa.array(ids, id_type),
+                    to_arrow(store.gather(hashes), encoder.dim),
+                    pa.array(hashes, pa.string()),
+                    pa.array([encoder.encoder_id] * len(ids), pa.string()),
+                ],
+                schema=schema.arrow(id_type, encoder.dim),
+            )
+            write_table(table, ctx.out / f"{side}_encodings.parquet", schema)
+            rows += len(ids)
+            encoded += len(missing)
+    seconds = time.monotonic() - started
+    logger.info("encoded %d texts, took over %d that were encoded before", encoded, rows - encoded)
+    return StageReport(
+        rows_in=rows,
+        rows_out=rows,
+        models={encoder.model_id: encoder.revision},
+        notes={
+            "encoder_id": encoder.encoder_id,
+            "dim": encoder.dim,
+            "dtype": ctx.settings.encode.dtype,
+            "encoded": encoded,
+            "unchanged": rows - encoded,
+            "seconds": round(seconds, 2),
+            "texts_per_s": round(encoded / seconds, 1) if encoded else 0.0,
+        },
+    )
+
+
+def _item_texts(items: pa.Table, descriptions: pa.Table) -> dict[Any, str]:
+    """What is encoded, by item id."""
     catalogue = {row["item_id"]: row for row in items.to_pylist()}
-    encoder = Encoder(ctx.settings.encode)
     texts = {}
-    for row in item_texts.select(["item_id", "description"]).to_pylist():
+    for row in descriptions.select(["item_id", "description"]).to_pylist():
         if row["item_id"] not in catalogue:
             raise DataError(
                 f"item {row['item_id']!r} has a description and is not in the catalogue: run  kellm run --from generate"
@@ -85,79 +135,27 @@ def run(ctx: StageContext) -> StageReport:
         texts[row["item_id"]] = encoded_text(item["title"], item["year"], item["genres"], row["description"])
     if missing := catalogue.keys() - texts.keys():
         raise DataError(f"item {min(missing)!r} has no description: run  kellm run --from generate")
-    profiles = dict(zip(user_texts["user_id"].to_pylist(), user_texts["description"].to_pylist(), strict=True))
-
-    sides = (
-        ("item_encodings.parquet", "item_id", ITEM_ENCODINGS, texts, item_texts),
-        ("user_encodings.parquet", "user_id", USER_ENCODINGS, profiles, user_texts),
-    )
-    reused, encoded, seconds = 0, 0, 0.0
-    for name, key, schema, side, table in sides:
-        started = time.monotonic()
-        known = _known(ctx.previous, name, encoder)
-        taken = _encode_side(encoder, side, known, key, schema, id_type_of(table.schema, key), ctx.out / name)
-        reused += taken
-        encoded += len(side) - taken
-        seconds += time.monotonic() - started
-    logger.info("encoded %d texts, took over %d unchanged ones", encoded, reused)
-    return StageReport(
-        rows_in=len(texts) + len(profiles),
-        rows_out=len(texts) + len(profiles),
-        models={encoder.model_id: encoder.revision},
-        notes={
-            "encoder_id": encoder.encoder_id,
-            "dim": encoder.dim,
-            "encoded": encoded,
-            "unchanged": reused,
-            "seconds": round(seconds, 2),
-            "texts_per_s": round(encoded / seconds, 1) if encoded else 0.0,
-        },
-    )
+    return texts
 
 
-def _encode_side(
-    encoder: Encoder,
-    texts: dict[Any, str],
-    known: dict[str, npt.NDArray[np.float32]],
-    key: str,
-    schema: TableSchema,
-    id_type: pa.DataType,
-    path: Path,
-) -> int:
-    """Write one side's encodings, sorted by id; returns how many rows were taken over."""
-    ids = sorted(texts)
-    hashes = [hashlib.sha256(texts[i].encode()).hexdigest() for i in ids]
-    new = {h: texts[i] for i, h in zip(ids, hashes, strict=True) if h not in known}
-    with track(f"encode {key.removesuffix('_id')}s", len(new), "texts") as advance:
-        vectors = encoder.encode(list(new.values()), advance)
-    broken = ~np.isfinite(vectors).all(axis=1)
-    if broken.any():
-        first = list(new)[int(broken.argmax())]
-        raise DataError(
-            f"the encoder {encoder.encoder_id} gave a vector that is not finite for {key} "
-            f"{ids[hashes.index(first)]!r}: choose another encode.model"
-        )
-    by_hash = known | dict(zip(new, vectors, strict=True))
-    matrix = np.stack([by_hash[h] for h in hashes]) if ids else np.zeros((0, encoder.dim), np.float32)
-    flat = pa.array(np.ascontiguousarray(matrix, dtype=np.float32).reshape(-1))
-    table = pa.table(
-        [
-            pa.array(ids, id_type),
-            pa.FixedSizeListArray.from_arrays(flat, encoder.dim),
-            pa.array(hashes),
-            pa.array([encoder.encoder_id] * len(ids), pa.string()),
-        ],
-        schema=schema.arrow(id_type, encoder.dim),
-    )
-    write_table(table, path, schema)
-    return sum(h in known for h in hashes)
-
-
-def _known(previous: Artifact | None, name: str, encoder: Encoder) -> dict[str, npt.NDArray[np.float32]]:
-    """Encodings of the stage's last run that this encoder made, by text hash."""
-    if previous is None or not (previous.path / name).exists():
-        return {}
-    table = pq.read_table(previous.path / name, columns=["encoding", "text_hash", "encoder_id"])
-    rows = zip(*(table[c].to_pylist() for c in ("text_hash", "encoder_id")), strict=True)
-    vectors = table["encoding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
-    return {text: vectors[k] for k, (text, made_by) in enumerate(rows) if made_by == encoder.encoder_id}
+def _encode(encoder: Encoder, store: VectorStore, side: str, new: dict[str, tuple[Any, str]]) -> None:
+    """Encode texts, hash → (id, text), into the store: a kill loses the last seconds of work and no more."""
+    hashes = list(new)
+    kept, last = 0, time.monotonic()
+    finished: list[npt.NDArray[np.float32]] = []
+    with track(f"encode {side}s", len(new), "texts") as advance:
+        for start in range(0, len(hashes), encoder.slice_size):
+            end = min(start + encoder.slice_size, len(hashes))
+            vectors = encoder.encode([new[text_hash][1] for text_hash in hashes[start:end]], advance)
+            broken = ~np.isfinite(vectors).all(axis=1)
+            if broken.any():
+                first, _ = new[hashes[start + int(broken.argmax())]]
+                raise DataError(
+                    f"the encoder {encoder.encoder_id} gave a vector that is not finite for {side} {first!r}: choose "
+                    "another encode.model, or bfloat16 or float32 where encode.dtype is float16"
+                )
+            finished.append(vectors)
+            if end == len(hashes) or time.monotonic() - last >= KEEP_EVERY_S:
+                store.append(hashes[kept:end], np.concatenate(finished))
+                kept, last = end, time.monotonic()
+                finished.clear()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def minilm() -> Encoder:
 def peer() -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(encoder_folder("all-MiniLM-L6-v2")), local_files_only=True, device="cpu")
+    return SentenceTransformer(str(encoder_folder(EncodeSettings())), local_files_only=True, device="cpu")
 
 
 def test_short_texts_get_the_librarys_own_vectors(minilm: Encoder, peer: Any) -> None:
@@ -43,7 +44,7 @@ def test_short_texts_get_the_librarys_own_vectors(minilm: Encoder, peer: Any) ->
 
 def test_long_text_is_the_token_weighted_mean_of_its_chunks(minilm: Encoder, peer: Any) -> None:
     long = "The quick detective follows the unlucky thieves through rainy Los Angeles. " * 40
-    pieces = minilm._cut(long)
+    (pieces,) = minilm._cut([long])
     tokens = [len(peer.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece, _ in pieces]
     assert [count for _, count in pieces] == tokens
     assert max(tokens) <= 254
@@ -54,6 +55,13 @@ def test_long_text_is_the_token_weighted_mean_of_its_chunks(minilm: Encoder, pee
     both = minilm.encode([TEXTS[0], long])
     np.testing.assert_allclose(both[1], by_hand, atol=1e-5)
     np.testing.assert_allclose(both[0], peer.encode(TEXTS[0]), atol=1e-5)
+
+
+def test_progress_counts_texts_whatever_their_chunks(minilm: Encoder) -> None:
+    seen: list[float] = []
+    minilm.encode([*TEXTS, "rainy Los Angeles " * 200], seen.append)
+    assert len(seen) > 1
+    assert sum(seen) == pytest.approx(5)
 
 
 def test_nothing_to_encode(minilm: Encoder) -> None:
@@ -116,9 +124,13 @@ def test_stage_writes_checked_tables_and_takes_over_what_is_unchanged(world, fak
     assert encode.run(world.context("encode", previous="encode")).notes["encoded"] == 10
 
 
-def test_unknown_encoder_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"'encode.model' is .*: accepted are all-MiniLM-L6-v2 or a folder"):
+def test_another_encoder_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'encode.model' is .*: accepted are all-MiniLM-L6-v2, a folder .* hub model"
+    ):
         Encoder(EncodeSettings(model=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"'encode.revision' is 'main', and .* has no revisions"):
+        Encoder(EncodeSettings(revision="main"))
 
 
 def test_the_encoders_files_are_inputs_of_the_stage() -> None:
