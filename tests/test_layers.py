@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {
     f"kellm_features.{name}"
-    for name in ("errors", "schemas", "settings", "artifacts", "stages", "progress", "resources", "java", "overrides")
+    for name in "errors schemas sections settings artifacts stages progress resources java overrides".split()
 } | {"kellm_features"}
 HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas", "openai")
 

@@ -24,7 +24,7 @@ from .world import World, stages_of
 @pytest.fixture
 def run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose stages before `generate` are finished."""
-    import kellm_features.cli.generate  # noqa: F401 - registers the command
+    import kellm_features.cli.generate
     import kellm_features.cli.run  # noqa: F401 - registers `kellm run`
 
     made = stages_of(world)
