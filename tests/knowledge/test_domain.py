@@ -50,6 +50,11 @@ def test_own_domain_by_path(tmp_path: Path) -> None:
         ("{names}", "({names}", "is no regular expression"),
         ("version = 1", "version = 1\nlanguage = 'en'", "'language': extra inputs are not permitted"),
         ("noun = ", "none = ", "'noun': field required"),
+        ("[user]\n", "[user]\nagain = 'Only {title}.'\n", r"user.again has the unknown field \{title\}"),
+        ("[item]\n", "[item]\nby_factor = 'JSON.'\n", r"item.by_factor lacks the field \{factors\}"),
+        ('"genre", "director", "actors"', '"genre", "Genre", "actors"', "item.factors names one factor twice"),
+        ("page_tokens = 320", "page_tokens = 3", "budget.page_tokens.*greater than or equal to 16"),
+        ("digest_tokens", "summary_tokens", "budget.summary_tokens.*extra inputs"),
     ],
 )
 def test_faulty_domain_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -59,6 +64,13 @@ def test_faulty_domain_is_refused(tmp_path: Path, old: str, new: str, told: str)
     with pytest.raises(ConfigError, match=told) as caught:
         load_domain(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_wins_over_the_domains_budget() -> None:
+    domain = load_domain("movies")
+    assert domain.budgeted(page_tokens=None, profile_tokens=None) == domain
+    other = domain.budgeted(page_tokens=99, profile_tokens=None).budget
+    assert (other.page_tokens, other.profile_tokens) == (99, domain.budget.profile_tokens)
 
 
 def test_unknown_name_missing_file_and_broken_toml(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from kellm_features.knowledge.domain import load_domain
 from kellm_features.knowledge.engines.template import TemplateEngine
 from kellm_features.knowledge.facts import Event, Page, UserFacts, item_facts, who
-from kellm_features.knowledge.prompts import item_prompt, page_text, prompt_hash, user_prompt
+from kellm_features.knowledge.prompts import ask_again, item_prompt, page_text, prompt_hash, user_prompt
 from kellm_features.knowledge.text import estimate_tokens
 
 MOVIES = load_domain("movies")
@@ -177,3 +177,34 @@ def test_hash_covers_what_an_engine_reads_and_no_more() -> None:
     cut, whole = item_prompt(MOVIES, HEAT, [PAGE], 32), item_prompt(MOVIES, HEAT, [PAGE], 320)
     assert prompt_hash(TemplateEngine(), MOVIES, cut, 96) == prompt_hash(TemplateEngine(), MOVIES, whole, 96)
     assert prompt_hash(Llm(), MOVIES, cut, 96) != prompt_hash(Llm(), MOVIES, whole, 96)
+
+
+def test_one_text_per_factor_is_asked_for_in_the_shared_part() -> None:
+    plain, asked = (item_prompt(MOVIES, HEAT, [PAGE], by_factor=by_factor) for by_factor in (False, True))
+    assert asked.user == plain.user
+    assert asked.system == (
+        f"{plain.system}\nAnswer with one JSON object and nothing else. Its keys are exactly: genre, director, actors, "
+        "time period, country, character, plot/theme, mood/tone, critical acclaim/award. Each value is a short text; "
+        "it is empty where nothing is known."
+    )
+    assert asked.schema is not None
+    assert list(asked.schema["properties"]) == list(MOVIES.item.factors)
+    assert plain.schema is None
+    engine = TemplateEngine()
+    engine.source = "llm"
+    assert len({prompt_hash(engine, MOVIES, prompt, 96) for prompt in (plain, asked)}) == 2
+
+
+def test_the_second_prompt_is_the_first_with_a_closing_sentence() -> None:
+    first = item_prompt(MOVIES, HEAT, [PAGE])
+    second = ask_again(MOVIES, first)
+    assert (second.system, second.schema, second.facts) == (first.system, first.schema, first.facts)
+    assert second.user == f"{first.user}\nName only persons, titles, years and numbers that stand in the text above."
+
+
+def test_the_domain_sets_the_budgets() -> None:
+    lead = "Heat is a film. " * 200
+    lengths = [
+        len(item_prompt(MOVIES.budgeted(page_tokens=tokens), HEAT, [Page("Heat", lead)]).user) for tokens in (64, 640)
+    ]
+    assert lengths[0] + 4 * 500 < lengths[1]
