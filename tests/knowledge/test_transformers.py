@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from kellm_features.errors import EngineError
+from kellm_features.errors import EngineError, MissingExtraError
 from kellm_features.knowledge.domain import load_domain
-from kellm_features.knowledge.engines import Completion, Prompt, load_engine
+from kellm_features.knowledge.engines import Completion, Prompt, load_engine, local_vllm
 from kellm_features.knowledge.engines.base import Failure
 from kellm_features.knowledge.engines.local_transformers import TransformersEngine
 from kellm_features.knowledge.facts import Page, item_facts
@@ -125,6 +126,14 @@ def test_batches_are_handed_over_as_they_finish(engine: TransformersEngine, monk
     assert isinstance(answer, Completion)
     with pytest.raises(EngineError, match="memory ran out"):
         next(answers)
+
+
+def test_vllm_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")  # so that what loading sets is undone
+    with pytest.raises(MissingExtraError, match=r"pip install 'kellm-features\[vllm\]'"):
+        local_vllm.load(GenerateSettings())
 
 
 def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
