@@ -157,7 +157,7 @@ def engine_of(impl: str) -> Iterator[Engine]:
 
     settings = GenerateSettings(device="cpu", vllm=VLLM)
     if impl == "transformers":
-        yield load_engine("transformers", settings)
+        yield load_engine("transformers", settings).started
         return
     if impl == "vllm_server":
         with vllm_server():
@@ -167,7 +167,7 @@ def engine_of(impl: str) -> Iterator[Engine]:
     from kellm_features.knowledge.engines.local_vllm import load
 
     options = VLLM.model_copy(update={"enable_prefix_caching": impl == "vllm"})
-    engine = load(settings.model_copy(update={"vllm": options}))
+    engine = load(settings.model_copy(update={"vllm": options})).started
     try:
         yield engine
     finally:

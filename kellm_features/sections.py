@@ -171,7 +171,7 @@ class VllmSettings(Section):
     cpu_kvcache_gib: Annotated[
         int, Field(ge=1, description="of vLLM's CPU build", json_schema_extra={"tuning": True})
     ] = 1
-    engine_args: Annotated[dict[str, Any], Field(description="further arguments of vllm.LLM")] = {}
+    engine_args: Annotated[dict[str, Any], Field(description="further arguments of vLLM's engine")] = {}
 
 
 class GenerateSettings(Section):

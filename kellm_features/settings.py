@@ -61,6 +61,7 @@ __all__ = [
     "prepare_vllm",
     "serve_token",
     "share_metrics_folder",
+    "show_gpus",
     "user_cache_dir",
 ]
 
@@ -109,7 +110,13 @@ def llm_api_key() -> str | None:
 def prepare_vllm(cpu_kvcache_gib: int) -> None:
     """Tell vLLM, before it is imported, what it can be told in no other way; what is set already stays."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_kvcache_gib))
+
+
+def show_gpus(addresses: Iterable[str]) -> None:
+    """Hide from this process all GPUs but these, before anything looks for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(addresses)
 
 
 def serve_token() -> str | None:

@@ -77,6 +77,7 @@ def main() -> None:
         "doctor",
         "fetch",
         "generate",
+        "generate_spark",
         "init",
         "link",
         "publish_spark",

@@ -19,7 +19,7 @@ def assign_roles(
     split: Literal["user", "time"],
     max_history: int,
     ties: Literal["strict", "shuffle"] = "strict",
-    seed: int = 7,
+    seed: int | np.random.Generator = 7,
 ) -> pd.DataFrame:
     """Mark each event as history or target.
 
@@ -29,7 +29,7 @@ def assign_roles(
         max_history: events of history per user at most.
         ties: `strict` drops targets that carry the timestamp of the user's last history event (neither came first);
             `shuffle` keeps them, in a seeded order: for clocks too coarse to tell.
-        seed: of the order among equal timestamps.
+        seed: of the order among equal timestamps; or what draws it, one number per row.
 
     Returns:
         The rows kept, with `role` and `position` (0 = the user's earliest), sorted by user_id, position.

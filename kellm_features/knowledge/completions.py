@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -26,16 +26,17 @@ class CompletionStore:
     """A folder of append-only logs, hash → completion: one line per completion, written as soon as it is known.
 
     A kill loses the line in the making and no other: a last line without its end is passed over. A line that cannot
-    be read is left out with a warning, and its text is generated again. One process writes to a folder at a time;
-    each opens a log of its own, so that nothing is ever written behind a torn line.
+    be read is left out with a warning, and its text is generated again. Each process opens a log of its own, so that
+    nothing is ever written behind a torn line, and several may write at a time.
     """
 
-    def __init__(self, folder: Path, *, forget: bool = False) -> None:
+    def __init__(self, folder: Path, *, forget: bool = False, alone: bool = True) -> None:
         """Open the store in a folder that outlives the run; nothing is written before the first `add`.
 
         Args:
             folder: of the logs; it need not exist.
             forget: begin anew, and delete what is kept at the first `add`.
+            alone: no other process writes to the folder. Where one may, the logs are left as they are.
         """
         self._folder = folder
         self._known: dict[str, Completion] = {}
@@ -43,7 +44,7 @@ class CompletionStore:
         self._log: TextIO | None = None
         self._unsynced = 0
         self._logs = sorted(folder.glob("*.jsonl"), key=lambda log: (log.stat().st_mtime_ns, log.name))
-        self._forget = forget
+        self._forget, self._alone = forget, alone
         for log in [] if forget else self._logs:
             for line in _whole_lines(log):
                 self._remember(line, log)
@@ -107,8 +108,8 @@ class CompletionStore:
         if self._forget:
             for log in self._logs:
                 log.unlink(missing_ok=True)
-        elif len(self._logs) > MOST_LOGS:
-            self._merge(self._logs)
+        elif self._alone and len(self._logs) > MOST_LOGS:
+            self.merge(self._logs)
         return (self._folder / f"{uuid.uuid4().hex[:16]}.jsonl").open("a", encoding="utf-8")
 
     def _sync(self) -> None:
@@ -131,8 +132,11 @@ class CompletionStore:
             return
         self._keep(key, completion, purpose)
 
-    def _merge(self, logs: list[Path]) -> None:
-        """One log instead of many. A kill between the two steps leaves both, which is harmless."""
+    def merge(self, logs: Sequence[Path]) -> None:
+        """Make one log of all that is known, and delete these, which nobody may be writing to any more.
+
+        A kill between the two steps leaves both, which is harmless.
+        """
         purposes = {key: purpose for purpose, key in self._reusable.items()}
         temporary = self._folder / f".{uuid.uuid4().hex[:16]}.tmp"
         with temporary.open("w", encoding="utf-8") as handle:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ def run(ctx: StageContext) -> StageReport:
         SchemaError: an input lacks a column.
     """
     inputs = Inputs(ctx.settings, ctx.input)
-    with CompletionStore(ctx.work / COMPLETIONS, forget=not ctx.settings.generate.resume) as store:
-        writer = Writer(ctx.settings.generate, inputs.domain, store)
+    with (
+        CompletionStore(ctx.work / COMPLETIONS, forget=not ctx.settings.generate.resume) as store,
+        closing(Writer(ctx.settings.generate, inputs.domain, store)) as writer,
+    ):
         described = _describe_items(ctx, inputs, writer)
         profiles = _describe_users(ctx, inputs, writer, described)
     sides = {"item": described, "user": profiles}

@@ -14,7 +14,7 @@ from kellm_features.errors import EngineError
 from kellm_features.knowledge.answers import clean
 from kellm_features.knowledge.completions import CompletionStore
 from kellm_features.knowledge.domain import Domain
-from kellm_features.knowledge.engines import Answer, Completion, Engine, Failure, Prompt, load_engine
+from kellm_features.knowledge.engines import Answer, Closable, Completion, Engine, Failure, Prompt, load_engine
 from kellm_features.knowledge.engines.template import TemplateEngine
 from kellm_features.knowledge.factors import factors_as_prose, parse_factors
 from kellm_features.knowledge.facts import ItemFacts, Page
@@ -107,6 +107,13 @@ class Writer:
         if name not in self._engines:
             self._engines[name] = load_engine(name, self.settings)
         return self._engines[name]
+
+    def close(self) -> None:
+        """End the engines that hold something."""
+        for engine in self._engines.values():
+            if isinstance(engine, Closable):
+                engine.close()
+        self._engines.clear()
 
     def write(self, name: str, requests: Sequence[Request], label: str, max_tokens: int) -> list[Description]:
         """One description per request, in order.

@@ -27,7 +27,7 @@ MOVIES = load_domain("movies")
 @pytest.fixture(scope="module")
 def engine() -> TransformersEngine:
     """Converts the packaged weights into the user's cache on a machine's first run."""
-    loaded = load_engine("transformers", GenerateSettings(batch_size=2))
+    loaded = load_engine("transformers", GenerateSettings(batch_size=2)).started
     assert isinstance(loaded, TransformersEngine)
     return loaded
 
@@ -96,7 +96,7 @@ def test_a_model_folder_and_a_broken_one(engine: TransformersEngine, tmp_path: P
     assert own.revision == hash_model(folder)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EngineError, match=r"the model in .* cannot be loaded: "):
-        load_engine("transformers", GenerateSettings(model=str(tmp_path)))
+        list(load_engine("transformers", GenerateSettings(model=str(tmp_path))).generate([], max_tokens=8))
 
 
 def test_a_prompt_beyond_the_window_fails_and_the_others_go_on(engine: TransformersEngine) -> None:
@@ -130,7 +130,7 @@ def test_batches_are_handed_over_as_they_finish(engine: TransformersEngine, monk
 
 def test_vllm_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE"):
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_STREAM"):
         monkeypatch.setenv(name, "1")  # so that what loading sets is undone
     with pytest.raises(MissingExtraError, match=r"pip install 'kellm-features\[vllm\]'"):
         local_vllm.load(GenerateSettings())

@@ -38,9 +38,17 @@ OPTIONS = VllmSettings(
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmEngine]:
-    loaded = load(GenerateSettings(vllm=OPTIONS))
-    yield loaded
-    loaded.close()
+    deferred = load(GenerateSettings(vllm=OPTIONS))
+    started = deferred.started
+    assert isinstance(started, VllmEngine)
+    # What was known before is what came of it: a change would make finished texts look unfinished.
+    assert [deferred.model_id, deferred.revision, deferred.sampling] == [
+        started.model_id,
+        started.revision,
+        started.sampling,
+    ]
+    yield started
+    started.close()
 
 
 def completions(engine: VllmEngine, prompts: list[Prompt], max_tokens: int) -> list[Completion]:
@@ -65,7 +73,7 @@ def test_answers_belong_to_their_prompts(engine: VllmEngine, films: list[Prompt]
 def test_the_engine_says_what_shapes_its_texts(engine: VllmEngine) -> None:
     assert engine.model_id == EMBEDDED_MODEL
     assert engine.revision.startswith("b179c952")  # of the packaged weights
-    assert engine.sampling == 'greedy bfloat16 vllm cpu {"block_size": 32}'
+    assert engine.sampling == 'greedy bfloat16 vllm {"block_size": 32}'
 
 
 def test_the_shared_prefix_is_computed_once(engine: VllmEngine, films: list[Prompt]) -> None:
@@ -117,6 +125,7 @@ def test_the_stage_writes_with_it_and_asks_nothing_twice(
     """`generate` on six films and four users; the engine is the module's, as another would take a minute to start."""
     real = writer.load_engine
     monkeypatch.setattr(writer, "load_engine", lambda name, s: engine if name == "vllm" else real(name, s))
+    monkeypatch.setattr(engine, "close", lambda: None)  # the stage ends its engines
     world = World(tmp_path)
     world.write()
     options = ("generate.engine=vllm", "generate.limit=4", "generate.max_tokens=48", "generate.min_grounding=0")
@@ -137,7 +146,7 @@ def test_refusals_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"'generate.vllm.engine_args' sets dtype, model: accepted are"):
         load(GenerateSettings(vllm=VllmSettings(engine_args={"dtype": "auto", "model": "x"})))
     with pytest.raises(EngineError, match=r"vLLM 0.* cannot start with the model in .*no_such_argument"):
-        load(GenerateSettings(vllm=VllmSettings(engine_args={"no_such_argument": 1})))
+        load(GenerateSettings(vllm=VllmSettings(engine_args={"no_such_argument": 1}))).started  # noqa: B018 - starts it
 
 
 def test_a_killed_core_is_told_and_waits_for_nothing(

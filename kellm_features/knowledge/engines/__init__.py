@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from kellm_features.errors import EngineError
-from kellm_features.knowledge.engines.base import Answer, Completion, Engine, Failure, Prompt
+from kellm_features.knowledge.engines.base import Answer, Closable, Completion, Engine, Failure, Prompt
 from kellm_features.settings import GenerateSettings
 
 GROUP = "kellm_features.engines"
 
-__all__ = ["GROUP", "Answer", "Completion", "Engine", "Failure", "Prompt", "load_engine"]
+__all__ = ["GROUP", "Answer", "Closable", "Completion", "Engine", "Failure", "Prompt", "load_engine"]
 
 
 def load_engine(name: str, settings: GenerateSettings) -> Engine:

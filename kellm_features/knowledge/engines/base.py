@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from kellm_features.knowledge.facts import ItemFacts, UserFacts
 
@@ -44,6 +44,14 @@ class Failure:
 
 
 Answer = Completion | Failure
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """What an engine keeps besides, where it holds processes or memory that the next stage wants."""
+
+    def close(self) -> None:
+        """Give them back. It is called once, after the last request."""
 
 
 class Engine(Protocol):

@@ -6,29 +6,33 @@ smoke-test model: it copies facts from a grounded prompt well and invents them i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from kellm_features.errors import EngineError, first_line
 from kellm_features.knowledge.engines.base import Answer, Completion, Prompt
+from kellm_features.knowledge.engines.deferred import Deferred
 from kellm_features.knowledge.localmodel import ChatForm, LocalModel, beyond_window, loading, local_model, require
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.settings import GenerateSettings
 
 
-def load(settings: GenerateSettings) -> TransformersEngine:
-    """The engine with the model that the settings name.
+def load(settings: GenerateSettings) -> Deferred:
+    """The engine with the model that the settings name, loaded by its first request.
 
     `generate.model` is the embedded model's name, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
     Raises:
-        EngineError: no such model, or its files cannot be loaded.
+        EngineError: no such model.
         MissingExtraError: torch or transformers is not installed.
     """
     for module in ("torch", "transformers"):
         require("llm", module, "The engine 'transformers'")
-    return TransformersEngine(local_model(settings), settings.batch_size, settings.device)
+    model = local_model(settings)
+    start = functools.partial(TransformersEngine, model, settings.batch_size, settings.device)
+    return Deferred(model, TransformersEngine.sampling, start)
 
 
 class TransformersEngine:

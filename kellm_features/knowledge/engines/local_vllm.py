@@ -9,6 +9,7 @@ The processes are spawned: a script that loads this engine does so under `if __n
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kellm_features.errors import ConfigError, EngineError, first_line
 from kellm_features.knowledge.engines.base import Answer, Completion, Failure, Prompt
+from kellm_features.knowledge.engines.deferred import Deferred
 from kellm_features.knowledge.localmodel import ChatForm, LocalModel, beyond_window, local_model, require
 from kellm_features.settings import GenerateSettings, VllmSettings, prepare_vllm
 
@@ -31,21 +33,25 @@ logger = logging.getLogger(__name__)
 SHARD_SIZE = 4096
 """Prompts handed to vLLM at a time. Its scheduler decides how many are computed together (256 by default, 1024 on
 large GPUs): a few times that many keep it busy to the end, and their token ids take megabytes."""
+SHUTDOWN_S = 10.0
+"""For vLLM's processes to end by themselves: 3 s on a busy CPU. Then they are killed."""
 
 
-def load(settings: GenerateSettings) -> VllmEngine:
-    """The engine with the model that the settings name, its options from `generate.vllm`.
+def load(settings: GenerateSettings) -> Deferred:
+    """The engine with the model that the settings name, its options from `generate.vllm`, started by its first request.
 
     `generate.model` is the embedded model's name, a folder in Hugging Face layout, a .gguf file, or a hub id.
 
     Raises:
         ConfigError: `generate.vllm.engine_args` sets what has a setting of its own.
-        EngineError: no such model, or vLLM cannot start with it.
+        EngineError: no such model.
         MissingExtraError: vLLM is not installed.
     """
     prepare_vllm(settings.vllm.cpu_kvcache_gib)
     require("vllm", "vllm", "The engine 'vllm'")
-    return VllmEngine(local_model(settings), settings.vllm)
+    model = local_model(settings)
+    _arguments(model, settings.vllm)  # what it refuses is told before anything is asked for
+    return Deferred(model, _decoding(settings.vllm), functools.partial(VllmEngine, model, settings.vllm))
 
 
 class VllmEngine:
@@ -62,7 +68,6 @@ class VllmEngine:
             options: vLLM's own.
         """
         import vllm
-        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
 
         self.model_id = model.model_id
@@ -83,13 +88,8 @@ class VllmEngine:
         # Refers to no engine, so that one that nobody holds any more ends too.
         self._finalizer = weakref.finalize(self, self._vllm.stop)
         self._numbers = itertools.count()
-        config = llm.model_config
-        self._window: int = config.max_model_len
-        words = ["greedy", str(config.dtype).removeprefix("torch."), config.quantization, "vllm"]
-        words += [current_platform.device_name, json.dumps(options.engine_args, sort_keys=True)]
-        self.sampling = " ".join(str(word) for word in words if word not in (None, "{}"))
-        """Decoding, dtype, quantization, device and further arguments. Not vLLM's version: an upgrade changes words
-        here and there, and does not make texts stale."""
+        self._window: int = llm.model_config.max_model_len
+        self.sampling = _decoding(options)
         logger.info("vLLM %s: %s, %s, window %d", vllm.__version__, self.model_id, self.sampling, self._window)
 
     def close(self) -> None:
@@ -189,11 +189,20 @@ class _Running:
 
     def stop(self) -> None:
         """End processes and thread, also below a generator that is still open when the interpreter ends."""
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=SHUTDOWN_S)
         self.portal.call(self.portal.stop, True)
         self._thread.close()
         # vLLM's __del__ does it once more, and fails where the interpreter's end has emptied its module before.
-        self.llm.shutdown = lambda: None
+        self.llm.shutdown = lambda timeout=None: None
+
+
+def _decoding(options: VllmSettings) -> str:
+    """Decoding, dtype, quantization and further arguments: what is known before vLLM starts.
+
+    Neither its version nor the device: they change words here and there, and do not make texts stale.
+    """
+    words = ["greedy", options.dtype, options.quantization, "vllm", json.dumps(options.engine_args, sort_keys=True)]
+    return " ".join(word for word in words if word is not None and word != "{}")
 
 
 def _arguments(model: LocalModel, options: VllmSettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -55,7 +55,7 @@ def _history_of_part(settings: Settings) -> Callable[[pa.Table], pa.Table]:
         frame = part.drop_columns(["part", "first"]).to_pandas()
         bits = np.random.PCG64(seed)  # what default_rng(seed) draws from
         bits.advance(min(part["first"].to_pylist()))
-        draws: Any = np.random.Generator(bits)
+        draws = np.random.Generator(bits)
         roles = assign_roles(frame, split=split, max_history=max_events, ties=ties, seed=draws)
         known = roles.loc[roles["role"].eq("history"), ["user_id", "position", "item_id", "rating", "liked"]]
         return pa.Table.from_pandas(known, preserve_index=False)

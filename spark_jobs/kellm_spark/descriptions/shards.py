@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from kellm_features.knowledge.requests import Description, Request, descriptions
 from kellm_features.knowledge.text import bare_title
 from kellm_features.knowledge.writer import Writer
 from kellm_features.schemas import ITEM_DESCRIPTIONS, USER_DESCRIPTIONS
-from kellm_features.settings import GenerateSettings, Settings
+from kellm_features.settings import GenerateSettings, Settings, show_gpus
 from kellm_spark.descriptions.work import FAILED, Work
 
 Side = Literal["item", "user"]
@@ -137,7 +136,7 @@ def _show_own_gpus() -> None:
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context is not None else None
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.addresses)
+        show_gpus(gpu.addresses)
 
 
 def _describe(task: ShardTask, writer: Writer, rows: Sequence[Mapping[str, Any]]) -> dict[Any, Description]:

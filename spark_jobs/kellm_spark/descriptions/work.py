@@ -41,21 +41,6 @@ LOG_LIVES_S = 24 * 3600.0
 _JOB = "job.json"
 
 
-class ShardStore(CompletionStore):
-    """Completions of a shard that other attempts may be writing to: their logs are read and left alone."""
-
-    def merge_old(self) -> None:
-        """Make one log of those that nobody can be writing to any more, where there are many."""
-        before = time.time() - LOG_LIVES_S
-        old = [log for log in self._logs if log.stat().st_mtime < before]
-        if len(old) > MOST_LOGS:
-            with suppress(FileNotFoundError):  # an attempt cleared the new log's temporary name away: the old ones stay
-                super()._merge(old)
-
-    def _merge(self, logs: list[Path]) -> None:
-        """Not before a first `add`: what another attempt still writes to a log that was merged would be lost."""
-
-
 @dataclass(frozen=True)
 class Work:
     """The folder, as driver and executors see it."""
@@ -102,10 +87,14 @@ class Work:
         return before
 
     def tidy(self) -> None:
-        """One log per shard where many have gathered: the driver's part, before any task runs."""
+        """One log of those that no attempt can be writing to any more, where many have gathered in a shard: the
+        driver's part, before any task runs."""
+        before = time.time() - LOG_LIVES_S
         for folder in self.folder.glob("shard-*"):
-            if sum(1 for _ in folder.glob("*.jsonl")) > MOST_LOGS:
-                ShardStore(folder).merge_old()
+            old = [log for log in folder.glob("*.jsonl") if log.stat().st_mtime < before]
+            if len(old) > MOST_LOGS:
+                with suppress(FileNotFoundError):  # an attempt cleared the new log's temporary name: the old ones stay
+                    CompletionStore(folder, alone=False).merge(old)
 
     def check_seen(self) -> None:
         """Raises DataError where this executor does not see the folder that the driver made."""
@@ -115,9 +104,9 @@ class Work:
                 "driver and all executors see under one path; name one with --work"
             )
 
-    def store(self, shard: int) -> ShardStore:
-        """The completions of a shard."""
-        return ShardStore(self.folder / f"shard-{shard:05d}")
+    def store(self, shard: int) -> CompletionStore:
+        """The completions of a shard, which other attempts may be writing to."""
+        return CompletionStore(self.folder / f"shard-{shard:05d}", alone=False)
 
     def table(self, shard: int) -> Path:
         """Where a shard's descriptions are written."""
