@@ -189,6 +189,8 @@ class _Running:
 
     def stop(self) -> None:
         """End processes and thread, also below a generator that is still open when the interpreter ends."""
+        if (reading := self.llm.output_handler) is not None:
+            self.portal.call(reading.cancel)  # else it logs the end of the processes as an error, with a trace
         self.llm.shutdown(timeout=SHUTDOWN_S)
         self.portal.call(self.portal.stop, True)
         self._thread.close()
