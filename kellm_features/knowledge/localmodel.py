@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from kellm_features.artifacts import sha256_file
 from kellm_features.errors import EngineError, MissingExtraError, first_line
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERSION_S = 24 * 3600.0
+"""No conversion takes so long: the embedded model's takes a minute."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -85,7 +87,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
     import transformers
 
     _remove_abandoned(target)
-    temporary = target.parent / f"{target.name}.tmp-{psutil.Process().pid}"
+    temporary = target.parent / f"{target.name}.tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True, exist_ok=True)
     logger.info("converting %s once; the result is kept in %s", source.name, target)
     options: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
@@ -193,7 +195,8 @@ def loading(folder: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete what killed conversions left beside the target."""
+    """Delete what killed conversions left beside the target; by age, as other hosts may share the folder."""
     for leftover in target.parent.glob(f"{target.name}.tmp-*"):
-        if not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(FileNotFoundError):  # the other's conversion has ended
+            if leftover.stat().st_mtime < time.time() - CONVERSION_S:
+                shutil.rmtree(leftover, ignore_errors=True)

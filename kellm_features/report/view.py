@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from kellm_features.artifacts import Artifact, load_artifact
@@ -61,8 +62,19 @@ class RunView:
         return self.artifact(stage).file(name)
 
     def table(self, stage: str, name: str, columns: Sequence[str], where: pc.Expression | None = None) -> pa.Table:
-        """Columns of one output table, filtered while reading."""
-        return pq.read_table(self.file(stage, name), columns=list(columns), filters=where)
+        """Columns of one output table, filtered while reading.
+
+        Raises:
+            ArtifactError: the stage has not run, or an earlier version of it, without one of the columns.
+        """
+        path = self.file(stage, name)
+        missing = set(columns) - set(ds.dataset(path, format="parquet").schema.names)
+        if missing:
+            raise ArtifactError(
+                f"{path} lacks {', '.join(sorted(missing))}: an earlier version wrote it. "
+                f"Run  kellm run --out {self.run_dir} --from {stage}"
+            )
+        return pq.read_table(path, columns=list(columns), filters=where)
 
     @cached_property
     def items(self) -> dict[Any, Item]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from kellm_features.errors import EngineError, MissingExtraError
@@ -15,7 +16,7 @@ from kellm_features.knowledge.engines import Completion, Prompt, load_engine, lo
 from kellm_features.knowledge.engines.base import Failure
 from kellm_features.knowledge.engines.local_transformers import TransformersEngine
 from kellm_features.knowledge.facts import Page, item_facts
-from kellm_features.knowledge.localmodel import convert_gguf, local_model
+from kellm_features.knowledge.localmodel import CONVERSION_S, convert_gguf, local_model
 from kellm_features.knowledge.modelfiles import hash_model
 from kellm_features.knowledge.prompts import item_prompt
 from kellm_features.settings import GenerateSettings, user_cache_dir
@@ -161,10 +162,12 @@ def test_a_hub_model_bears_its_id_and_commit(
 def test_conversion_leaves_nothing_half_made(engine: TransformersEngine, tmp_path: Path) -> None:
     assert convert_gguf(tmp_path / "never read.gguf", user_cache_dir() / "models" / engine.revision).is_dir()
     target = tmp_path / "models" / "sha"
-    dead = next(pid for pid in range(2**22 - 1, 2, -1) if not psutil.pid_exists(pid))
-    abandoned = target.parent / f"sha.tmp-{dead}"
-    abandoned.mkdir(parents=True)
+    abandoned, young = (target.parent / f"sha.tmp-{name}" for name in ("old", "young"))
+    for folder in (abandoned, young):
+        folder.mkdir(parents=True)
+    long_ago = time.time() - 2 * CONVERSION_S
+    os.utime(abandoned, (long_ago, long_ago))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but no model")
     with pytest.raises(EngineError, match=r"bad.gguf is not a GGUF model"):
         convert_gguf(tmp_path / "bad.gguf", target)
-    assert list(target.parent.iterdir()) == []
+    assert list(target.parent.iterdir()) == [young]  # another host may be at it

@@ -70,6 +70,16 @@ def test_answers_belong_to_their_prompts(engine: VllmEngine, films: list[Prompt]
         assert answer.finish_reason == ("length" if answer.completion_tokens == 16 else "stop")
 
 
+def test_all_processes_are_watched_over(engine: VllmEngine) -> None:
+    """By one that kills them when this one was killed; tests/knowledge/test_watch.py shows that it does."""
+    children = psutil.Process().children(recursive=True)
+    (watcher,) = [child for child in children if any("watch.py" in word for word in child.cmdline())]
+    watched = {int(word.partition(":")[0]) for word in watcher.cmdline()[2:]}
+    own = {child.pid for child in children if "VLLM" in child.name()}
+    assert len(own) >= 2
+    assert own <= watched
+
+
 def test_the_engine_says_what_shapes_its_texts(engine: VllmEngine) -> None:
     assert engine.model_id == EMBEDDED_MODEL
     assert engine.revision.startswith("b179c952")  # of the packaged weights

@@ -14,12 +14,17 @@ import itertools
 import json
 import logging
 import math
+import subprocess
+import sys
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from kellm_features.errors import ConfigError, EngineError, first_line
+from kellm_features.knowledge.engines import watch
 from kellm_features.knowledge.engines.base import Answer, Completion, Failure, Prompt
 from kellm_features.knowledge.engines.deferred import Deferred
 from kellm_features.knowledge.localmodel import ChatForm, LocalModel, beyond_window, local_model, require
@@ -74,6 +79,7 @@ class VllmEngine:
         self.revision = model.revision
         self._form = ChatForm(model.folder)
         arguments = _arguments(model, options)
+        before = set(psutil.Process().children(recursive=True))
         try:
             # As the class for offline work: the server's defaults favour latency over throughput.
             llm = vllm.AsyncLLMEngine.from_engine_args(
@@ -84,7 +90,7 @@ class VllmEngine:
                 f"vLLM {vllm.__version__} cannot start with the model in {model.folder}: {first_line(error)}; "
                 "its log above says more, and generate.vllm holds its options"
             ) from error
-        self._vllm = _Running(llm)
+        self._vllm = _Running(llm, before)
         # Refers to no engine, so that one that nobody holds any more ends too.
         self._finalizer = weakref.finalize(self, self._vllm.stop)
         self._numbers = itertools.count()
@@ -178,13 +184,17 @@ class VllmEngine:
 
 
 class _Running:
-    """vLLM's asynchronous engine, and the thread whose event loop it is asked from."""
+    """vLLM's asynchronous engine, its processes, and the thread whose event loop it is asked from."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, before: set[psutil.Process]) -> None:
+        """Have what came since `before` watched: a kill -9 of this process would leave it, and its memory."""
         from anyio.from_thread import start_blocking_portal
 
         self.llm = llm
         self._thread = ExitStack()
+        own = [child for child in psutil.Process().children(recursive=True) if child not in before]
+        named = [f"{process.pid}:{process.create_time()}" for process in own]
+        self._watch = subprocess.Popen([sys.executable, watch.__file__, *named], stdin=subprocess.PIPE)
         self.portal = self._thread.enter_context(start_blocking_portal(name="kellm-vllm"))
 
     def stop(self) -> None:
@@ -194,6 +204,7 @@ class _Running:
         self.llm.shutdown(timeout=SHUTDOWN_S)
         self.portal.call(self.portal.stop, True)
         self._thread.close()
+        self._watch.communicate()  # closes the pipe: it looks after what is left, and ends
         # vLLM's __del__ does it once more, and fails where the interpreter's end has emptied its module before.
         self.llm.shutdown = lambda timeout=None: None
 

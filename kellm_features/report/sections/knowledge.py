@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -129,8 +128,6 @@ class Descriptions:
     dead_letters: tuple[DeadLetter, ...]
     dead: int
     """All dead letters, shown or not."""
-    again: str
-    """The command that asks for them again."""
     small_model: bool
     """Whether the model is the embedded one, which is there to try the path out."""
 
@@ -165,7 +162,6 @@ def descriptions(view: RunView) -> Descriptions:
         tuple(samples[key] for key in known),
         dead_letters,
         dead,
-        f"kellm run --out {shlex.quote(str(view.run_dir))}",
         any(SMALL_MODEL in model.lower() for model in table["model_id"].unique().to_pylist()),
     )
 
