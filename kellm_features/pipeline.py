@@ -6,7 +6,7 @@ import fcntl
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -228,9 +228,17 @@ def _input_files(spec: StageSpec, settings: Settings) -> dict[str, Path]:
 def _changed_keys(manifest: Manifest, settings: Settings, spec: StageSpec) -> Iterator[str]:
     for section in spec.sections:
         before = manifest.config.get(section, {})
-        for key, value in settings.shaping(section).items():
-            if before.get(key) != value:
-                yield f"{section}.{key} was {before.get(key)!r}, is {value!r}"
+        yield from _differences(section, before, settings.shaping(section))
+
+
+def _differences(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Of the keys that shape rows: a manifest's settings hold the others too."""
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(f"{name}.{key}", old, value)
+        elif old != value:
+            yield f"{name}.{key} was {old!r}, is {value!r}"
 
 
 def _load(target: str) -> Any:

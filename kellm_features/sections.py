@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Tuning = Field(json_schema_extra={"tuning": True})
 """Marks a setting that changes speed or memory and never the rows: it is left out of the config hash."""
 
+_SECRET = re.compile(r"api.?key|authorization|bearer|password|secret", re.IGNORECASE)
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -139,9 +141,9 @@ class LinkSettings(Section):
 class ServerSettings(Section):
     """A server that speaks OpenAI's chat completions: vLLM's own, or any other. Its key comes from the environment."""
 
-    base_url: Annotated[
-        str, Field(pattern=r"^https?://[^@\s]+$", description="up to /v1", json_schema_extra={"tuning": True})
-    ] = "http://127.0.0.1:8000/v1"
+    base_url: Annotated[str, Field(description="up to /v1", json_schema_extra={"tuning": True})] = (
+        "http://127.0.0.1:8000/v1"
+    )
     concurrency: Annotated[int, Field(ge=1, le=4096, json_schema_extra={"tuning": True})] = 32
     timeout_s: Annotated[float, Field(gt=0, json_schema_extra={"tuning": True})] = 120.0
     max_attempts: Annotated[
@@ -153,6 +155,24 @@ class ServerSettings(Section):
     request: Annotated[
         dict[str, Any], Field(description="further fields of every request, as in { temperature = 0.2 }")
     ] = {}
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^@?#\s]+", url):
+            raise ValueError(
+                "an address is http:// or https://, host and path; names, keys and queries do not belong into a file "
+                "(the key comes from $OPENAI_API_KEY)"
+            )
+        return url
+
+    @field_validator("request")
+    @classmethod
+    def _sends_no_secret(cls, request: dict[str, Any]) -> dict[str, Any]:
+        for name in request:
+            if _SECRET.search(name):
+                raise ValueError(f"the field {name} looks like a secret, which no file may hold: set $OPENAI_API_KEY")
+        return request
 
 
 class VllmSettings(Section):

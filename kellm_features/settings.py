@@ -230,4 +230,6 @@ def _explain(error: ValidationError) -> str:
                 section = annotation
         return f"unknown key '{key}'; known there: {', '.join(section.model_fields)}{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if key.startswith("generate.server"):  # whoever puts a key there is not to find it in a log as well
+        return f"'{key}': {message[0].lower()}{message[1:]}{more}"
     return f"'{key}' is {first['input']!r}: {message[0].lower()}{message[1:]}{more}"

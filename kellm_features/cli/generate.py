@@ -46,7 +46,10 @@ def generate(
         str | None, typer.Option(help="movies, books, articles, products, or the path of a TOML file.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=0, help="Texts by the engine, most popular items and longest histories first.")
+        int | None,
+        typer.Option(
+            min=0, help="Texts by the engine, most popular items and longest histories first. Default with --engine: all."
+        ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=8, help="Of one answer.")] = None,
     factors: Annotated[
@@ -84,6 +87,9 @@ def generate(
         given["resume"] = False
     more = [f"generate.{key}={_toml(value)}" for key, value in given.items() if value is not None]
     settings = settings_from(config, [*(overrides or []), *more])
+    if engine is not None and "limit" not in settings.generate.model_fields_set:
+        # The setting's own default is made for the quickstart's model on a laptop.
+        settings = settings.model_copy(update={"generate": settings.generate.model_copy(update={"limit": None})})
     if dry_run:
         stdout.print(_estimates(settings, out, tokens_per_s, prompt_price, answer_price))
         return

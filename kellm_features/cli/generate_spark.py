@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -47,8 +46,7 @@ def generate_spark(
     """
     given = {
         "engine" if side == "item" else "user_engine": engine,
-        # Executors start in other folders.
-        "model": str(Path(model).absolute()) if model is not None and Path(model).exists() else model,
+        "model": model,
         "domain": domain,
         "max_tokens" if side == "item" else "user_max_tokens": max_tokens,
         "factors": factors or None,

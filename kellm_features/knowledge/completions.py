@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from kellm_features.knowledge.engines.base import Completion
 
@@ -41,6 +41,7 @@ class CompletionStore:
         self._folder = folder
         self._known: dict[str, Completion] = {}
         self._reusable: dict[str, str] = {}
+        self._scores: dict[str, float | None] = {}
         self._log: TextIO | None = None
         self._unsynced = 0
         self._logs = sorted(folder.glob("*.jsonl"), key=lambda log: (log.stat().st_mtime_ns, log.name))
@@ -83,7 +84,24 @@ class CompletionStore:
             completion: the answer.
             purpose: hash of the part of it whose change alone asks for another answer; `reusable` finds it again.
         """
-        row = {"hash": key, **dataclasses.asdict(completion)} | ({"purpose": purpose} if purpose else {})
+        self._write({"hash": key, **dataclasses.asdict(completion)} | ({"purpose": purpose} if purpose else {}))
+        self._keep(key, completion, purpose)
+
+    def keep_score(self, key: str, score: float | None) -> None:
+        """Keep the grounding of an answer that outlives its prompt, which a later prompt's source could not tell."""
+        if self._log is not None:  # of an answer of this run: a run that asks for nothing writes nothing
+            self._write({"hash": key, "score": score})
+        self._scores[key] = score
+
+    def is_scored(self, key: str) -> bool:
+        """Whether `keep_score` was told of an answer."""
+        return key in self._scores
+
+    def score(self, key: str) -> float | None:
+        """What `keep_score` was told."""
+        return self._scores[key]
+
+    def _write(self, row: dict[str, Any]) -> None:
         if self._log is None:
             self._log = self._begin()
         self._log.write(json.dumps(row) + "\n")
@@ -91,7 +109,6 @@ class CompletionStore:
         self._unsynced += 1
         if self._unsynced >= SYNC_EVERY:
             self._sync()
-        self._keep(key, completion, purpose)
 
     def close(self) -> None:
         """Wait until all is on disk, and end the log."""
@@ -126,6 +143,9 @@ class CompletionStore:
         try:
             row = json.loads(line)
             key, purpose = row.pop("hash"), row.pop("purpose", "")
+            if row.keys() == {"score"}:
+                self._scores[key] = row["score"]
+                return
             completion = Completion(**row)
         except (ValueError, TypeError, KeyError, AttributeError):
             logger.warning("%s holds a line that is no completion (%.40r…): its text is generated again", log, line)
@@ -143,6 +163,8 @@ class CompletionStore:
             for key, completion in self._known.items():
                 row = {"hash": key, **dataclasses.asdict(completion)}
                 handle.write(json.dumps(row | ({"purpose": purposes[key]} if key in purposes else {})) + "\n")
+            for key, score in self._scores.items():
+                handle.write(json.dumps({"hash": key, "score": score}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(self._folder / f"{temporary.stem.lstrip('.')}.jsonl")

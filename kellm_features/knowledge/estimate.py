@@ -10,7 +10,7 @@ from typing import Any
 from kellm_features.knowledge.completions import CompletionStore
 from kellm_features.knowledge.engines.base import Prompt
 from kellm_features.knowledge.engines.template import TemplateEngine
-from kellm_features.knowledge.generate import COMPLETIONS, TABLES, items_by_engine, users_by_engine
+from kellm_features.knowledge.generate import TABLES, items_by_engine, open_store, users_by_engine
 from kellm_features.knowledge.inputs import InputPath, Inputs
 from kellm_features.knowledge.requests import Request
 from kellm_features.knowledge.text import estimate_tokens
@@ -64,20 +64,20 @@ def estimate(settings: Settings, path: InputPath, work: Path, finished: Path | N
         ConfigError, DataError, SchemaError, EngineError: as the stage would.
     """
     inputs = Inputs(settings, path)
-    store = CompletionStore(work / COMPLETIONS, forget=not settings.generate.resume)
-    writer = Writer(settings.generate, inputs.domain, store)
     generate = settings.generate
+    items, users = (open_store(work, side, generate) for side in TABLES)
+    writer = Writer(generate, inputs.domain, items)
     estimates = []
     if generate.side in ("both", "item"):
         for name, ids in items_by_engine(inputs).items():
             requests = inputs.item_requests(ids)
-            estimates.append(_estimate("item", name, requests, writer, store, generate.max_tokens, rates))
+            estimates.append(_estimate("item", name, requests, writer, items, generate.max_tokens, rates))
     if generate.side in ("both", "user"):
         digests = _digests(inputs, writer, finished)
         for name, ids in users_by_engine(inputs).items():
             requests = inputs.user_requests(ids, digests)
             most = generate.user_max_tokens or generate.max_tokens
-            estimates.append(_estimate("user", name, requests, writer, store, most, rates))
+            estimates.append(_estimate("user", name, requests, writer.on(users), users, most, rates))
     return estimates
 
 

@@ -19,7 +19,7 @@ from kellm_features.knowledge.completions import CompletionStore
 from kellm_features.knowledge.domain import domain_path
 from kellm_features.knowledge.inputs import Inputs
 from kellm_features.knowledge.modelfiles import model_files
-from kellm_features.knowledge.requests import Description, descriptions_table
+from kellm_features.knowledge.requests import DeadLetter, Description, descriptions_table
 from kellm_features.knowledge.writer import Writer
 from kellm_features.schemas import (
     DEAD_LETTERS,
@@ -29,12 +29,13 @@ from kellm_features.schemas import (
     read_table,
     write_table,
 )
-from kellm_features.settings import Settings
+from kellm_features.settings import GenerateSettings, Settings
 from kellm_features.stages import StageContext, StageReport
 
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "completions"
+LETTERS = "dead_letters.parquet"
 TABLES = {
     "item": ("item_descriptions.parquet", ITEM_DESCRIPTIONS),
     "user": ("user_descriptions.parquet", USER_DESCRIPTIONS),
@@ -74,21 +75,21 @@ def run(ctx: StageContext) -> StageReport:
         SchemaError: an input lacks a column.
     """
     inputs = Inputs(ctx.settings, ctx.input)
-    with (
-        CompletionStore(ctx.work / COMPLETIONS, forget=not ctx.settings.generate.resume) as store,
-        closing(Writer(ctx.settings.generate, inputs.domain, store)) as writer,
-    ):
+    settings = ctx.settings.generate
+    stores = {side: open_store(ctx.work, side, settings) for side in TABLES}
+    with stores["item"], stores["user"], closing(Writer(settings, inputs.domain, stores["item"])) as writer:
         described = _describe_items(ctx, inputs, writer)
-        profiles = _describe_users(ctx, inputs, writer, described)
+        profiles = _describe_users(ctx, inputs, writer.on(stores["user"]), described)
     sides = {"item": described, "user": profiles}
     for side, rows in sides.items():
         name, schema = TABLES[side]
         source = inputs.items if side == "item" else inputs.users
         write_table(descriptions_table(rows, schema, id_type_of(source.schema, f"{side}_id")), ctx.out / name, schema)
     letters = _dead_letters(sides)
-    write_table(letters, ctx.out / "dead_letters.parquet", DEAD_LETTERS)
+    write_table(letters, ctx.out / LETTERS, DEAD_LETTERS)
 
     grounded = sum(any(page.has_text for page in of_item) for of_item in inputs.pages.values())
+    waiting = {side: _waiting(ctx, side, rows) for side, rows in sides.items()}
     notes = {
         "domain": inputs.domain.name,
         "items_by_source": dict(Counter(row.source for row in described.values())),
@@ -97,16 +98,22 @@ def run(ctx: StageContext) -> StageReport:
         "items_without_page": len(described) - grounded,
         "mean_grounding": _mean_grounding(described),
         "dead_letters": letters.num_rows,
-        "waiting": sum(row.waiting for rows in sides.values() for row in rows.values()),
+        "waiting": sum(waiting.values()),
+        "waiting_by_side": waiting,
         **writer.usage.notes(),
     }
     logger.info("descriptions: items %s, users %s", notes["items_by_source"], notes["users_by_source"])
     return StageReport(
         rows_in=inputs.items.num_rows + inputs.users.num_rows,
         rows_out=len(described) + len(profiles),
-        models=dict(sorted(writer.usage.models.items())),
+        models=dict(sorted({**_models_before(ctx, sides), **writer.usage.models}.items())),
         notes=notes,
     )
+
+
+def open_store(work: Path, side: str, settings: GenerateSettings) -> CompletionStore:
+    """The finished answers of one side; begun anew where the settings say so and the side is written."""
+    return CompletionStore(work / COMPLETIONS / side, forget=not settings.resume and settings.side in ("both", side))
 
 
 def items_by_engine(inputs: Inputs) -> dict[str, list[Any]]:
@@ -167,7 +174,8 @@ def _describe_users(
 def _finished(ctx: StageContext, side: str, ids: Sequence[Any]) -> dict[Any, Description] | None:
     """The texts of a side that `generate.side` leaves alone, as the stage's last run wrote them; None of the other.
 
-    They are taken over where they come from the same split: a profile of another one may know what is a label here.
+    They are taken over where they come from the same split and the same rule for history: a profile of another one may
+    know what is a label here.
     """
     if ctx.settings.generate.side in ("both", side):
         return None
@@ -175,13 +183,40 @@ def _finished(ctx: StageContext, side: str, ids: Sequence[Any]) -> dict[Any, Des
     name, schema = TABLES[side]
     if previous is None or previous.manifest.split_hash != ctx.split_hash:
         return {}
+    if _cut(previous.manifest.config) != _cut(ctx.settings.model_dump(mode="json")):
+        return {}
     known = set(ids)
     try:
         table = read_table(previous.file(name), schema)
     except SchemaError as error:
         logger.warning("the %s texts of the last run are of another version and not taken over: %s", side, error)
         return {}
-    return {row.pop(f"{side}_id"): _description(row) for row in table.to_pylist() if row[f"{side}_id"] in known}
+    failed = {}
+    for row in read_table(previous.file(LETTERS), DEAD_LETTERS).to_pylist():
+        if row["side"] == side:
+            failed[row["id"]] = DeadLetter(row["prompt_hash"], row["model_id"], row["reason"])
+    rows = {row.pop(f"{side}_id"): _description(row) for row in table.to_pylist() if row[f"{side}_id"] in known}
+    return {key: dataclasses.replace(row, failed=failed.get(str(key))) for key, row in rows.items()}
+
+
+def _cut(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which events are history, of the settings in a manifest."""
+    return config.get("history"), config.get("run")
+
+
+def _models_before(ctx: StageContext, sides: Mapping[str, Mapping[Any, Description]]) -> dict[str, str]:
+    """Models of the texts that were taken over."""
+    if ctx.previous is None or ctx.settings.generate.side == "both":
+        return {}
+    used = {row.model_id for rows in sides.values() for row in rows.values()}
+    return {model: revision for model, revision in ctx.previous.manifest.models.items() if model in used}
+
+
+def _waiting(ctx: StageContext, side: str, rows: Mapping[Any, Description]) -> int:
+    """Texts that a budget ended before, those of a side that was left alone included."""
+    if ctx.settings.generate.side in ("both", side) or ctx.previous is None:
+        return sum(row.waiting for row in rows.values())
+    return int(ctx.previous.manifest.notes.get("waiting_by_side", {}).get(side, 0))
 
 
 def _description(row: dict[str, Any]) -> Description:

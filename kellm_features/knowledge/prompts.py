@@ -135,14 +135,18 @@ def prompt_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int)
     return _hash(engine, domain, max_tokens, read)
 
 
-def history_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int) -> str:
-    """SHA-256 of what `prompt_hash` covers, of a user's prompt, but for the digests of the items in the history."""
+def history_hash(engine: Engine, domain: Domain, prompt: Prompt, max_tokens: int, *, again: bool) -> str:
+    """SHA-256 of what `prompt_hash` covers, of a user's prompt, but for the digests of the items in the history.
+
+    `again`: of a prompt by `ask_again`.
+    """
     read = [
         prompt.system,
         domain.user.prompt,
         domain.budget.model_dump(),
         dataclasses.asdict(prompt.facts),
         prompt.schema,
+        domain.user.again if again else "",
     ]
     return _hash(engine, domain, max_tokens, read)
 

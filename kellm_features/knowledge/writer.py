@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import time
@@ -17,7 +18,7 @@ from kellm_features.knowledge.domain import Domain
 from kellm_features.knowledge.engines import Answer, Closable, Completion, Engine, Failure, Prompt, load_engine
 from kellm_features.knowledge.engines.template import TemplateEngine
 from kellm_features.knowledge.factors import factors_as_prose, parse_factors
-from kellm_features.knowledge.facts import ItemFacts, Page
+from kellm_features.knowledge.facts import ItemFacts
 from kellm_features.knowledge.grounding import grounding
 from kellm_features.knowledge.prompts import ask_again, history_hash, prompt_hash
 from kellm_features.knowledge.requests import DeadLetter, Description, Request
@@ -44,13 +45,10 @@ class Usage:
     again: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    spent: int = 0
+    """Tokens booked against the budget: those that an answer tells, and the most that could be where it tells none."""
     seconds: float = 0.0
     models: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Of prompts and answers together."""
-        return self.prompt_tokens + self.completion_tokens
 
     def notes(self) -> dict[str, Any]:
         """Figures for the manifest."""
@@ -103,6 +101,12 @@ class Writer:
         self._failed: dict[str, str] = {}
         self._failed_in_a_row = 0
 
+    def on(self, store: CompletionStore) -> Writer:
+        """The same writer, with its engines and its account, on another store."""
+        twin = copy.copy(self)
+        twin._store = store
+        return twin
+
     def engine(self, name: str) -> Engine:
         if name not in self._engines:
             self._engines[name] = load_engine(name, self.settings)
@@ -132,12 +136,10 @@ class Writer:
         asks = [self._ask(engine, request, request.prompt, max_tokens) for request in requests]
         self._generate(engine, asks, label, max_tokens)
         drafts = [self._draft(ask, request) for ask, request in zip(asks, requests, strict=True)]
-        seconds: dict[int, _Ask] = {}
-        for place, (ask, request) in enumerate(zip(asks, requests, strict=True)):
-            if self._key(ask) in self._store and not self._is_good(drafts[place]) and request.source():
-                seconds[place] = self._ask(engine, request, ask_again(self.domain, request.prompt), max_tokens)
+        seconds = self._second_asks(engine, asks, drafts, requests, max_tokens)
+        before = self.usage.generated
         self._generate(engine, list(seconds.values()), f"{label} again", max_tokens)
-        self.usage.again += len(seconds)
+        self.usage.again += self.usage.generated - before
         return [
             self._choose(engine, request, ask, drafts[place], seconds.get(place), max_tokens)
             for place, (ask, request) in enumerate(zip(asks, requests, strict=True))
@@ -148,15 +150,33 @@ class Writer:
         engine = self.engine(name)
         if engine.source == "template":
             return []
-        asks = {ask.key: ask for ask in (self._ask(engine, r, r.prompt, max_tokens) for r in requests)}
-        return [ask.prompt for ask in asks.values() if self._key(ask) not in self._store]
+        asks = [self._ask(engine, request, request.prompt, max_tokens) for request in requests]
+        drafts = [self._draft(ask, request) for ask, request in zip(asks, requests, strict=True)]
+        seconds = self._second_asks(engine, asks, drafts, requests, max_tokens)
+        missing = {ask.key: ask for ask in [*asks, *seconds.values()] if self._key(ask) not in self._store}
+        return [ask.prompt for ask in missing.values()]
+
+    def _second_asks(
+        self,
+        engine: Engine,
+        asks: Sequence[_Ask],
+        drafts: Sequence[_Draft | None],
+        requests: Sequence[Request],
+        max_tokens: int,
+    ) -> dict[int, _Ask]:
+        """Place -> what is asked where the first answer is no good, and there is a source to keep to."""
+        return {
+            place: self._ask(engine, request, ask_again(self.domain, request.prompt), max_tokens)
+            for place, (ask, draft, request) in enumerate(zip(asks, drafts, requests, strict=True))
+            if self._key(ask) in self._store and not self._is_good(draft) and request.source()
+        }
 
     def _ask(self, engine: Engine, request: Request, prompt: Prompt, max_tokens: int) -> _Ask:
         key = prompt_hash(engine, self.domain, prompt, max_tokens)
         if not request.by_history:
             return _Ask(key, prompt)
-        again = "" if prompt is request.prompt else "again:"
-        return _Ask(key, prompt, again + history_hash(engine, self.domain, prompt, max_tokens))
+        again = prompt is not request.prompt
+        return _Ask(key, prompt, history_hash(engine, self.domain, prompt, max_tokens, again=again))
 
     def _key(self, ask: _Ask) -> str:
         """Where the answer to a prompt stands, or would stand: under its hash, or under that of an older prompt which
@@ -169,18 +189,21 @@ class Writer:
         missing = {ask.key: ask for ask in asks if self._key(ask) not in self._store}
         self.usage.cache_hits += len(asks) - len(missing)
         waiting = list(missing.values())
+        if not waiting:
+            return
         if self.settings.budget_tokens is None:
             # Prompts of like length meet in one batch; the longest come first, so that memory peaks early.
             waiting.sort(key=lambda ask: (-len(ask.prompt.user), ask.key))
+        most = engine.shard_size  # starts an engine that has not started yet, which is no part of its speed
         answered, started = 0, time.monotonic()
         with track(label, len(waiting), "texts") as advance:
-            while shard := self._affordable(waiting, engine.shard_size, max_tokens):
+            while shard := self._affordable(waiting, most, max_tokens):
                 del waiting[: len(shard)]
                 with ExitStack() as asking:
                     answers = engine.generate([ask.prompt for ask in shard], max_tokens=max_tokens)
                     if isinstance(answers, Generator):
                         asking.callback(answers.close)  # what is in flight ends with this run, not when memory is freed
-                    for answer in self._keep(engine, shard, answers):
+                    for answer in self._keep(engine, shard, answers, max_tokens):
                         answered += answer.completion_tokens if isinstance(answer, Completion) else 0
                         advance(1, f"{answered / (time.monotonic() - started):.0f} tokens/s")
         self.usage.seconds += time.monotonic() - started
@@ -192,7 +215,7 @@ class Writer:
         """The next requests that the budget surely suffices for, at most a shard of them."""
         if self.settings.budget_tokens is None:
             return list(waiting[:most])
-        left = self.settings.budget_tokens - self.usage.tokens
+        left = self.settings.budget_tokens - self.usage.spent
         shard = []
         for ask in waiting[:most]:
             left -= most_tokens(ask.prompt) + max_tokens
@@ -201,7 +224,9 @@ class Writer:
             shard.append(ask)
         return shard
 
-    def _keep(self, engine: Engine, shard: Sequence[_Ask], answers: Iterator[tuple[int, Answer]]) -> Iterator[Answer]:
+    def _keep(
+        self, engine: Engine, shard: Sequence[_Ask], answers: Iterator[tuple[int, Answer]], max_tokens: int
+    ) -> Iterator[Answer]:
         """The engine's answers, each kept before it is given on."""
         unanswered = set(range(len(shard)))
         for place, answer in answers:
@@ -213,8 +238,11 @@ class Writer:
             unanswered.remove(place)
             ask = shard[place]
             if isinstance(answer, Failure):
+                self.usage.spent += most_tokens(ask.prompt) + max_tokens
                 self._fail(ask.key, answer)
             else:
+                told = answer.prompt_tokens + answer.completion_tokens
+                self.usage.spent += told or most_tokens(ask.prompt) + max_tokens
                 self._failed_in_a_row = 0
                 self._store.add(ask.key, answer, ask.purpose)
                 self.usage.generated += 1
@@ -229,6 +257,8 @@ class Writer:
 
     def _fail(self, key: str, failure: Failure) -> None:
         self._failed[key] = failure.reason
+        if not failure.transient:
+            return
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.settings.max_failures:
             raise EngineError(
@@ -244,18 +274,28 @@ class Writer:
         completion = self._store[key]
         factors: dict[str, str] | None = None
         if ask.prompt.schema is not None:
-            factors = parse_factors(completion.text, list(ask.prompt.schema["properties"]))
+            cut_off = completion.finish_reason == "length"
+            factors = parse_factors(completion.text, list(ask.prompt.schema["properties"]), cut_off=cut_off)
             facts = ask.prompt.facts
-            text = factors_as_prose(facts.name if isinstance(facts, ItemFacts) else "", factors) if factors else ""
+            said = factors_as_prose("", factors)
+            text = factors_as_prose(facts.name, factors) if factors and isinstance(facts, ItemFacts) else said
         else:
-            text = clean(completion)
+            text = said = clean(completion)
         if not text:
             self.usage.unfit += 1
             return None
-        draft = _Draft(text, factors, _score(text, request))
+        draft = _Draft(text, factors, self._score_once(key, ask, said, request))
         if not self._is_good(draft):
             self.usage.ungrounded += 1
         return draft
+
+    def _score_once(self, key: str, ask: _Ask, said: str, request: Request) -> float | None:
+        """What the model said against its source; of an answer that outlives its prompt, against its prompt's own."""
+        if not ask.purpose:
+            return _score(said, request)
+        if not self._store.is_scored(key):
+            self._store.keep_score(key, _score(said, request))
+        return self._store.score(key)
 
     def _is_good(self, draft: _Draft | None) -> bool:
         return draft is not None and (draft.grounding is None or draft.grounding >= self.settings.min_grounding)
@@ -288,10 +328,10 @@ class Writer:
         """An extract of the page where there is one, else a template: never an unusable answer."""
         facts = request.prompt.facts
         parts = [key, prompt_hash(self._template, self.domain, request.prompt, max_tokens)]
-        if isinstance(facts, ItemFacts) and request.pages and request.pages[0].lead.strip():
-            page = request.pages[0]
-            text = extract(facts, page, max_tokens)
-            return Description(text, "extract", _combined(*parts, page.lead), "extract", _score(text, request))
+        told = next((text for page in request.pages for _, text in page.ordered(self.domain.sections)), "")
+        if isinstance(facts, ItemFacts) and told:
+            text = extract(facts, told, max_tokens)
+            return Description(text, "extract", _combined(*parts, told), "extract", _score(text, request))
         (row,) = self.fill_in(self._template, [request], max_tokens)
         return replace(row, prompt_hash=_combined(*parts))
 
@@ -322,9 +362,9 @@ def most_tokens(prompt: Prompt) -> int:
     return -(-(len(prompt.system.encode()) + len(prompt.user.encode())) // LEAST_BYTES_PER_TOKEN) + FORM_TOKENS
 
 
-def extract(facts: ItemFacts, page: Page, max_tokens: int) -> str:
-    """Title and year, then the page's own first sentences, within a budget of estimated tokens."""
-    lead = split_sentences(page.lead)
+def extract(facts: ItemFacts, told: str, max_tokens: int) -> str:
+    """Title and year, then a page's own first sentences, within a budget of estimated tokens."""
+    lead = split_sentences(told)
     head = f"{facts.name}:"
     text = take_sentences([head, *lead], max_tokens)
     return text if len(text) > len(head) else cut_to_tokens(f"{head} {lead[0]}", max_tokens)

@@ -36,6 +36,7 @@ class FakeEngine:
         self.answers: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self.cost = (50, 10)
+        self.transient = True
         self.fail_after: int | None = None
 
     def generate(self, requests: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
@@ -45,7 +46,7 @@ class FakeEngine:
             self.asked.append(request)
             refused = next((reason for key, reason in self.refused.items() if key in request.user), None)
             if refused is not None:
-                yield place, Failure(refused)
+                yield place, Failure(refused, transient=self.transient)
             else:
                 yield place, Completion(self._answer(request), *self.cost)
 

@@ -82,6 +82,20 @@ def test_many_logs_become_one_and_nothing_is_lost(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_scores_are_kept_with_the_answers_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CompletionStore(tmp_path) as store:
+        store.add("a", Completion("A"), "p")
+        store.keep_score("a", 0.75)
+        store.keep_score("b", None)
+    monkeypatch.setattr(completions, "MOST_LOGS", 0)
+    fill(tmp_path, "c")  # merges
+    again = CompletionStore(tmp_path)
+    assert (again.is_scored("a"), again.score("a"), again.score("b"), again.is_scored("c")) == (True, 0.75, None, False)
+    assert len(again) == 2
+    again.keep_score("c", 0.5)  # a run that asks for nothing writes nothing
+    assert not CompletionStore(tmp_path).is_scored("c")
+
+
 def test_forgetting_waits_for_the_first_new_text(tmp_path: Path) -> None:
     fill(tmp_path, "a")
     store = CompletionStore(tmp_path, forget=True)

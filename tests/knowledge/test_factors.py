@@ -16,7 +16,7 @@ WHOLE = {"genre": "crime", "director": "Michael Mann", "plot/theme": "A detectiv
         (json.dumps(WHOLE), WHOLE),
         (f"Sure! Here it is:\n```json\n{json.dumps(WHOLE, indent=2)}\n```\nAnything else?", WHOLE),
         # The token limit fell within the last text, within a key, and before a value.
-        ('{"genre": "crime", "plot/theme": "A detective hun', {"genre": "crime", "plot/theme": "A detective hun"}),
+        ('{"genre": "crime", "plot/theme": "A detective hun', {"genre": "crime"}),
         ('{"genre": "crime", "direc', {"genre": "crime"}),
         ('{"genre": "crime", "director":', {"genre": "crime"}),
         # Not under the schema: case, lists, nothing known, keys of no domain, values of no text.
@@ -34,10 +34,18 @@ WHOLE = {"genre": "crime", "director": "Michael Mann", "plot/theme": "A detectiv
         ("Heat is a crime film by Michael Mann.", {}),
         ("", {}),
         ("{" * 2000, {}),
+        ("- * " * 3000, {}),
+        ("-" * 9000 + ": x", {}),
     ],
 )
 def test_factors_that_an_answer_tells(answer: str, told: dict[str, str]) -> None:
     assert parse_factors(answer, FACTORS) == told
+
+
+def test_a_line_that_was_cut_off_is_left_out() -> None:
+    answer = "Genre: crime\nDirector: Michael Ma"
+    assert parse_factors(answer, FACTORS, cut_off=True) == {"genre": "crime"}
+    assert parse_factors(answer, FACTORS)["director"] == "Michael Ma"
 
 
 def test_the_order_is_the_domains_and_the_length_is_limited() -> None:

@@ -127,6 +127,25 @@ def test_the_budget_is_kept_run_by_run(run: Path, server: LlmServer) -> None:
     assert counts[-1] == 6
 
 
+def test_an_engine_without_a_limit_writes_all(run: Path, server: LlmServer) -> None:
+    generate("--side", "item", "--engine", "openai", *at(server), "--set", "generate.limit=2")
+    assert len(server.requests) == 2  # a limit that was set is kept
+    generate("--side", "item", "--engine", "openai", *at(server))
+    assert len(server.requests) == 6
+
+
+def test_the_estimate_counts_second_requests_that_are_due(run: Path) -> None:
+    with LlmServer() as server:
+        words = ["--side", "item", "--engine", "openai", "--limit", "3", *at(server)]
+        words += ["--set", "generate.min_grounding=1.0"]
+        told = generate(*words, "--budget-tokens", "100000")
+        asked = len(server.requests)
+        # The same answers under a stricter threshold: none are first requests.
+        told = generate(*words, "--dry-run")
+        assert row_of(told)[3] == "0"
+        assert asked >= 3
+
+
 def test_no_resume_writes_all_anew(run: Path, server: LlmServer) -> None:
     words = ["--side", "item", "--engine", "openai", "--limit", "2", *at(server)]
     generate(*words)
@@ -161,13 +180,17 @@ def test_the_dry_run_asks_nobody_and_writes_nothing(run: Path, server: LlmServer
         (["--engine", "gpt"], "there is no engine 'gpt'"),
         (["--domain", "wines"], "'generate.domain' is 'wines': accepted are articles"),
         (["--prompt-price", "1"], "--prompt-price: only with --dry-run"),
-        (["--set", "generate.server.base_url=https://me:secret@host/v1"], "generate.server.base_url"),
+        (["--set", "generate.server.base_url=https://me:s3cr3t@host/v1"], "'generate.server.base_url': an address is"),
+        (["--set", "generate.server.base_url=https://host/v1?key=s3cr3t"], "'generate.server.base_url': an address is"),
+        (["--set", 'generate.server.request={ api_key = "s3cr3t" }'], "the field api_key looks like a secret"),
+        (["--set", "generate.server=s3cr3t"], "'generate.server': "),
     ],
 )
 def test_bad_requests(run: Path, words: list[str], told: str) -> None:
     result = invoke("generate", "--out", "run", *words)
     assert isinstance(result.exception, KellmError)
     assert told in str(result.exception)
+    assert "s3cr3t" not in str(result.exception)
     assert load_artifact(run, "generate") is None
 
 

@@ -64,7 +64,7 @@ class Runs:
 
     def stored(self) -> set[str]:
         """First words of the answers on disk, read as lines of JSON."""
-        logs = (self.run / "work" / "generate" / "completions").glob("*.jsonl")
+        logs = (self.run / "work" / "generate" / "completions" / "item").glob("*.jsonl")
         whole = (line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n"))
         return {json.loads(line)["text"][:9] for line in whole}
 
@@ -128,7 +128,7 @@ def test_killed_twenty_times(open_runs: Callable[[str], Runs], server: LlmServer
     assert [row["item_id"] for row in runs.rows()] == list(range(1, FILMS + 1))
     assert runs.rows() == whole.rows()
     assert {row["description_source"] for row in runs.rows()} == {"llm"}
-    assert len(CompletionStore(runs.run / "work" / "generate" / "completions")) == FILMS
+    assert len(CompletionStore(runs.run / "work" / "generate" / "completions" / "item")) == FILMS
 
 
 def test_one_changed_item_in_a_hundred_is_one_request_in_a_hundred(

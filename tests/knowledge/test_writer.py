@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,6 +19,8 @@ from kellm_features.knowledge.generate import TABLES, why_unfinished
 from kellm_features.schemas import DEAD_LETTERS, read_table
 from kellm_features.settings import load_settings
 from kellm_features.stages import StageContext, StageReport
+
+from .world import SECTIONS
 
 AGAIN = "Name only persons, titles, years and numbers that stand in the text above."
 ALL = "generate.limit=6"
@@ -140,6 +144,13 @@ class TestFailures:
             generate.run(world.context("generate", ALL, "generate.max_failures=3"))
         assert len(fake.asked) == 3
 
+    def test_prompts_that_are_refused_for_themselves_do_not(self, world, fake) -> None:
+        fake.refused, fake.transient = {"The title is: ": "the prompt is too long"}, False
+        ctx = world.context("generate", ALL, "generate.max_failures=1")
+        report = generate.run(ctx)
+        assert report.notes["dead_letters"] == 3
+        assert len(fake.asked) == 6
+
     def test_an_engine_that_breaks_the_rules_is_named(self, world, fake, monkeypatch) -> None:
         def twice(requests: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Answer]]:
             yield from [(0, Completion("Heat (1995) is a film, and it is a long one."))] * 2
@@ -182,6 +193,14 @@ class TestBudget:
         assert titles(fake.asked) == ["Toy Story"]  # most train rows
         assert left(report) == "5 waiting requests are left"
 
+    @pytest.mark.parametrize("silent", ["no usage", "failure"])
+    def test_what_tells_no_usage_is_booked_at_its_most(self, world, fake, silent: str) -> None:
+        fake.cost = (0, 0)
+        fake.refused = {"": "500"} if silent == "failure" else {}
+        report = generate.run(world.context("generate", ALL, "generate.budget_tokens=1100"))
+        assert 0 < len(fake.asked) < 6
+        assert report.notes["waiting"] == 6 - len(fake.asked)
+
     def test_nothing_is_asked_without_a_budget(self, world, fake) -> None:
         report = generate.run(world.context("generate", ALL, "generate.budget_tokens=0"))
         assert fake.asked == []
@@ -205,6 +224,36 @@ class TestSides:
         generate.run(users)
         assert pq.read_table(users.out / TABLES["item"][0]).equals(pq.read_table(items.out / TABLES["item"][0]))
         assert len(fake.asked) == 3  # every user whose history has that film in it; the fourth has none
+
+    def test_profiles_of_another_cut_are_not_taken_over(self, world, fake) -> None:
+        """A longer history holds what is a label under a shorter one."""
+        first = world.context("generate", *USERS)
+        generate.run(first)
+        ctx = world.context("generate", "generate.side=item", "history.max_events=1", previous=first.out.name)
+        generate.run(ctx)
+        assert {row["description_source"] for row in rows(ctx, "user").values()} == {"template"}
+        assert "Heat" not in rows(ctx, "user")[1]["description"]  # this user's second event
+
+    def test_failures_and_waiting_texts_of_the_other_side_stay(self, world, fake) -> None:
+        fake.refused = {"Heat": "500"}
+        items = world.context("generate", "generate.side=item")
+        generate.run(items)
+        users = world.context("generate", *USERS)
+        users = dataclasses.replace(users, previous=world.artifact(items.out.name, {"waiting_by_side": {"item": 4}}))
+        users.previous.manifest.models["fake-1"] = "a"
+        fake.refused = {}
+        report = generate.run(users)
+        assert [(row["side"], row["id"], row["reason"]) for row in letters(users)] == [("item", "2", "500")]
+        assert report.notes["waiting"] == 4
+        assert report.models["fake-1"] == "a"
+
+    def test_forgetting_one_side_keeps_the_other(self, world, fake) -> None:
+        first = world.context("generate", "generate.user_engine=fake")
+        generate.run(first)
+        generate.run(world.context("generate", "generate.side=item", "generate.resume=false", previous=first.out.name))
+        fake.asked = []
+        generate.run(world.context("generate", *USERS, previous=first.out.name))
+        assert fake.asked == []
 
     def test_without_earlier_texts_the_other_side_is_of_templates(self, world, fake) -> None:
         ctx = world.context("generate", *USERS)
@@ -242,6 +291,36 @@ class TestUsers:
         generate.run(world.context("generate", *USERS, "generate.user_refresh=prompt"))
         assert len(fake.asked) == 3 - 1  # the first user's prompt is the one just asked; those of the others changed
 
+    def test_a_kept_profile_keeps_its_score(self, world, fake) -> None:
+        fake.answers = {"<history>": "Their taste runs to a cowboy doll, Tom Hanks and Tim Allen."}
+        world.leads[1] = "Toy Story is a 1995 film. It stars Tom Hanks and Tim Allen. A cowboy doll is jealous."
+        world.write()
+        first = world.context("generate", *USERS)
+        generate.run(first)
+        before = {key: row for key, row in rows(first, "user").items() if row["description_source"] == "llm"}
+        assert before
+        fake.asked = []
+        world.leads[1] = "Toy Story is a film about toys."  # nothing of it is left in the digests
+        world.write()
+        second = world.context("generate", *USERS)
+        generate.run(second)
+        assert fake.asked == []
+        assert {key: rows(second, "user")[key] for key in before} == before
+
+    def test_a_changed_second_prompt_is_asked(self, world, fake, tmp_path) -> None:
+        shipped = resources.files("kellm_features.knowledge") / "domains" / "movies.toml"
+        own = tmp_path / "own.toml"
+        own.write_text(shipped.read_text().replace("[user]", "[user]\nagain = 'Be true.'"))
+        fake.answers = {"<history>": "Their taste runs to Casablanca (1942), Ozu and Kurosawa."}
+        for domain, asked in ((str(own), 6), (str(own), 0)):
+            fake.asked = []
+            generate.run(world.context("generate", *USERS, f"generate.domain={domain}"))
+            assert len(fake.asked) == asked
+        own.write_text(own.read_text().replace("Be true.", "Be truthful."))
+        fake.asked = []
+        generate.run(world.context("generate", *USERS, f"generate.domain={own}"))
+        assert len(fake.asked) == 3
+
     def test_the_longest_histories_first_and_none_too_short(self, world, fake) -> None:
         generate.run(world.context("generate", *USERS, "generate.user_limit=1"))
         assert ["aged 24" in prompt.user for prompt in fake.asked] == [True]
@@ -277,11 +356,37 @@ class TestFactors:
         assert list(prompt.schema["properties"])[:2] == ["genre", "director"]
         assert "Answer with one JSON object" in prompt.system
 
+    def test_the_name_that_the_writer_adds_earns_nothing(self, world, fake) -> None:
+        fake.answers = {"Heat": json.dumps({"director": "Quentin Tarantino"})}
+        ctx = world.context("generate", "generate.factors=true")
+        generate.run(ctx)
+        assert rows(ctx)[2]["description_source"] == "extract"
+
     def test_none_are_asked_for_by_default(self, world, fake) -> None:
         ctx = world.context("generate")
         generate.run(ctx)
         assert {row["factors"] for row in rows(ctx).values()} == {None}
         assert all(prompt.schema is None for prompt in fake.asked)
+
+
+def test_a_page_without_a_lead_still_tells(world, fake, monkeypatch) -> None:
+    monkeypatch.setitem(SECTIONS, 2, [("Plot", "A detective hunts a crew of thieves.")])
+    world.leads[2] = ""
+    world.write()
+    fake.answers = {"Heat": ""}
+    ctx = world.context("generate")
+    generate.run(ctx)
+    assert rows(ctx)[2]["description_source"] == "extract"
+    assert rows(ctx)[2]["description"] == "Heat (1995): A detective hunts a crew of thieves."
+
+
+def test_nothing_to_ask_starts_no_engine(world, fake, monkeypatch) -> None:
+    generate.run(world.context("generate", ALL))
+    started = []
+    monkeypatch.setattr(type(fake), "shard_size", property(lambda self: started.append(1) or 2), raising=False)
+    del fake.__dict__["shard_size"]
+    generate.run(world.context("generate", ALL))
+    assert started == []
 
 
 def test_the_text_is_no_less_fresh_for_being_kept(world, fake) -> None:

@@ -61,6 +61,8 @@ class World:
     titles: dict[int, str] = field(default_factory=dict)
     more_links: list[tuple[int, int, float]] = field(default_factory=list)
     """Links besides: item, the item whose page it is, score."""
+    made: dict[str, Settings] = field(default_factory=dict)
+    """Folder of an output -> the settings it was made with."""
     id_of: Callable[[int], Any] = int
     id_type: pa.DataType = field(default_factory=pa.int64)
 
@@ -145,8 +147,9 @@ class World:
         work = self.root / "work" / stage
         work.mkdir(parents=True, exist_ok=True)
         upstream = {name: self.artifact(name) for name in ("ingest", "link", "wiki", "generate")}
+        self.made[out.name] = self.settings(*overrides)
         return StageContext(
-            settings=self.settings(*overrides),
+            settings=self.made[out.name],
             run_dir=self.root,
             out=out,
             work=work,
@@ -156,8 +159,10 @@ class World:
             previous=self.artifact(previous) if previous else None,
         )
 
-    def artifact(self, name: str) -> Artifact:
-        return Artifact(self.root / name, Manifest.model_construct(stage=name, split_hash="split"))
+    def artifact(self, name: str, notes: dict[str, Any] | None = None) -> Artifact:
+        config = self.made[name].model_dump(mode="json") if name in self.made else {}
+        manifest = Manifest.model_construct(stage=name, split_hash="split", config=config, notes=notes or {})
+        return Artifact(self.root / name, manifest)
 
     @staticmethod
     def settings(*overrides: str) -> Settings:

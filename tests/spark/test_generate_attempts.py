@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from pyspark import TaskContext
 from pyspark.resource import ResourceInformation
 
-from kellm_features.errors import ConfigError, DataError
+from kellm_features.errors import ConfigError, DataError, EngineError
 from kellm_features.knowledge.completions import MOST_LOGS, CompletionStore
 from kellm_features.knowledge.engines import Completion
 from kellm_features.knowledge.inputs import domain_of
@@ -143,6 +144,24 @@ def test_a_shard_is_done_again_when_anything_that_shapes_it_changed(tmp_path: Pa
     assert len(others) == 8
 
 
+def test_a_dead_server_ends_a_worker_whose_shards_have_few_rows(tmp_path: Path) -> None:
+    def attempt(shard: int, server: LlmServer, run: str) -> dict[str, object]:
+        once = ("generate.max_failures=10", "generate.server.concurrency=1", "generate.server.max_attempts=1")
+        task = task_of(tmp_path, *overrides(server), *once)
+        return write_shard(dataclasses.replace(task, run=run), shard, ROWS[:4])[1]
+
+    with LlmServer(["500"]) as server:
+        assert [attempt(shard, server, "a")["dead_letters"] for shard in (0, 1)] == [4, 4]
+        with pytest.raises(EngineError, match="10 requests in a row failed"):
+            attempt(2, server, "a")
+        assert 10 <= len(server.requests) <= 11  # the next may be on its way when the tenth fails
+        assert attempt(0, server, "b")["dead_letters"] == 4  # the next run counts from the beginning
+    with LlmServer(port=server.port) as server:
+        assert attempt(1, server, "b")["dead_letters"] == 0
+    with LlmServer(["500"], port=server.port) as server:
+        assert [attempt(shard, server, "b")["dead_letters"] for shard in (3, 4)] == [4, 4]  # an answer came between
+
+
 def test_a_table_that_is_torn_or_of_others_counts_as_none(tmp_path: Path) -> None:
     task = task_of(tmp_path, "generate.engine=template")
     key, figures = write_shard(task, 3, ROWS)
@@ -164,7 +183,11 @@ def test_an_executor_that_does_not_see_the_work_folder_says_so(tmp_path: Path) -
 def test_where_the_work_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert work_folder("out/", None) == tmp_path / "out.work"
-    assert work_folder("file:///a%20b/out", None) == Path("/a b/out.work")
+    assert work_folder("file:///a b/out", None) == Path("/a b/out.work")
+    assert work_folder("file:/a%20b/out", None) == Path("/a%20b/out.work")  # where Hadoop finds the output
     assert work_folder("s3://bucket/out", "shared/work") == tmp_path / "shared" / "work"
     with pytest.raises(ConfigError, match=r"hdfs://host/out\.work is not a path"):
         work_folder("hdfs://host/out", None)
+    for name in "[]{}*?\\":
+        with pytest.raises(ConfigError, match="which Spark reads as a pattern"):
+            work_folder(f"a{name}b", None)

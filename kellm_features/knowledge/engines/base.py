@@ -41,6 +41,8 @@ class Failure:
 
     reason: str
     """One line: what was seen. Never a key, never page text."""
+    transient: bool = False
+    """Whether the service was at fault, and not the request: many of these in a row end the run."""
 
 
 Answer = Completion | Failure

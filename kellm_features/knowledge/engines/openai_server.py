@@ -113,8 +113,7 @@ class OpenAIEngine:
         self.shard_size = 64 * server.concurrency
         """So long that the last answers of a shard, when slots fall idle, weigh little."""
         self._server = server
-        self._url = server.base_url.partition("?")[0]
-        """As it is told: a query may hold a secret."""
+        self._url = server.base_url
         self._fields: Mapping[str, Any] = {"temperature": 0, **server.request}
         self._key = SecretStr(key)
         self._wait = wait or _full_jitter()
@@ -190,7 +189,7 @@ class OpenAIEngine:
 
         def give_up(state: RetryCallState) -> Failure:
             attempts = f" ({state.attempt_number} attempts)" if state.attempt_number > 1 else ""
-            return Failure(_passing(state).reason + attempts)
+            return Failure(_passing(state).reason + attempts, transient=True)
 
         def pause(state: RetryCallState) -> float:
             return _passing(state).retry_after_s + self._wait(state)
@@ -217,7 +216,7 @@ class OpenAIEngine:
         if "max_completion_tokens" not in body:
             body["max_tokens"] = max_tokens
         if prompt.schema is not None and "response_format" not in body:
-            schema = {"name": "answer", "strict": True, "schema": dict(prompt.schema)}
+            schema = {"name": "answer", "strict": True, "schema": _without_lengths(prompt.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
@@ -248,7 +247,7 @@ class OpenAIEngine:
         url, status = self._url, error.status_code
         said = self._told(error.message.partition(" - ")[2], prompt)
         told = f"{status}: {said}" if said else str(status)
-        if status in (401, 403):
+        if status == 401:
             keyless = self._key.get_secret_value() == _NO_KEY
             remedy = "no key was sent, set $OPENAI_API_KEY" if keyless else "correct the key in $OPENAI_API_KEY"
             return EngineError(f"{url} answered {told}: {remedy}")
@@ -256,11 +255,14 @@ class OpenAIEngine:
             return EngineError(f"{url} answered {told}: the account's quota is spent, raise it and run again")
         if status == 404:
             return await self._not_found(client, told)
+        if status == 403:  # a key without rights, of which many in a row tell; or a gateway's filter, of this prompt
+            return Failure(f"{url} answered {told}", transient=True)
         if status not in _PASSING and status < 500:
             return Failure(f"{url} answered {told}")
         wait_s = retry_after_s(error.response.headers)
         if wait_s > LONGEST_WAIT_S:
-            return Failure(f"{url} answered {told}; it asks to wait {wait_s:.0f} s, {LONGEST_WAIT_S:.0f} are accepted")
+            asked = f"it asks to wait {wait_s:.0f} s, {LONGEST_WAIT_S:.0f} are accepted"
+            return Failure(f"{url} answered {told}; {asked}", transient=True)
         return _Passing(f"{url} answered {told}", wait_s)
 
     async def _not_found(self, client: openai.AsyncOpenAI, told: str) -> EngineError:
@@ -292,6 +294,15 @@ class OpenAIEngine:
             if quoted in prompt.user or quoted in prompt.system:
                 return f"{text[:start].rstrip()} [the rest quotes the prompt]".lstrip()
         return text
+
+
+def _without_lengths(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without limits of length, which strict modes refuse; the answer is cut to them when it is read."""
+    properties = {
+        name: {key: value for key, value in one.items() if key != "maxLength"}
+        for name, one in schema.get("properties", {}).items()
+    }
+    return {**schema, "properties": properties}
 
 
 @contextmanager

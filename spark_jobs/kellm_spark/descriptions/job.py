@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kellm_features import __version__
 from kellm_features.errors import ArtifactError, ConfigError, DataError, EngineError, KellmError
 from kellm_features.knowledge.engines import GROUP
+from kellm_features.knowledge.generate import LOCAL_ENGINES
 from kellm_features.knowledge.inputs import domain_of
 from kellm_features.settings import Settings
 from kellm_spark.descriptions.histories import histories
@@ -37,8 +40,12 @@ from kellm_spark.storage import MANIFEST, Folder, write_sorted
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+logger = logging.getLogger(__name__)
+
 ROWS_PER_SHARD = 2048
 """What the engine for servers takes at a time: 64 rounds of its 32 requests in flight."""
+MOST_GROWTH = 8
+"""Shards of so many times `ROWS_PER_SHARD` are those of a trial: a whole table would run in a trial's few tasks."""
 PAIRS_PER_ROW = 20
 """A description weighs what so many pairs weigh: `write_sorted` counts pairs."""
 DEAD_LETTERS = "_dead_letters"
@@ -64,7 +71,7 @@ class GenerateJob:
     shards: int | None = None
     """None: as many as the work folder has, or one per 2048 rows."""
     overwrite: bool = False
-    """Replace a folder that this job did not write."""
+    """Replace a folder that is not this job's, which is one whose manifest names the same side and work folder."""
 
 
 def run_generate_job(session: SparkSession, job: GenerateJob, settings: Settings) -> dict[str, Any]:
@@ -81,18 +88,21 @@ def run_generate_job(session: SparkSession, job: GenerateJob, settings: Settings
         settings: sections generate and, for users, data.split, history and run.seed, which decide what is history.
 
     Raises:
-        ConfigError: an input is missing, or a setting is not accepted here.
+        ConfigError: an input is missing, a setting is not accepted here, or the table has outgrown its shards.
         DataError: a path is wrong, the output exists and is not this job's, or the inputs do not fit together.
-        EngineError: the engine is unknown, or failed for good; what it had finished is kept for the next run.
+        EngineError: the engine is unknown, failed for good, or answered nothing in this run, which then leaves the
+            output as it is; what was finished is kept for the next run.
         SchemaError: a column is missing or of another type.
     """
     from pyspark.errors import AnalysisException
 
     started = time.perf_counter()
     _check(job, settings)
-    task = ShardTask(job.side, settings, domain_of(settings), Work(work_folder(job.out, job.work)))
+    settings = _with_model_path(settings)
+    work = Work(work_folder(job.out, job.work))
+    task = ShardTask(job.side, settings, domain_of(settings), work, run=uuid.uuid4().hex)
     shards = task.work.shards(job.side, job.shards)
-    folder = Folder(session, job.out, overwrite=job.overwrite or task.work.folder.exists())
+    folder = _folder(session, job, task.work)
     key = f"{job.side}_id"
     try:
         with worker_errors():
@@ -100,6 +110,12 @@ def run_generate_job(session: SparkSession, job: GenerateJob, settings: Settings
             count = described.count()
             if not count:
                 raise DataError(f"{job.inputs[f'{job.side}s']} has no rows: there is nothing to describe")
+            if shards and job.shards is None and count > shards * ROWS_PER_SHARD * MOST_GROWTH:
+                raise ConfigError(
+                    f"{task.work.folder} has {shards} shards, and {count:,} rows would make only as many tasks: name "
+                    "another --work or --out, where all texts are asked for again, or accept it with "
+                    f"--shards {shards}"
+                )
             shards = shards or -(-count // ROWS_PER_SHARD)
             task.work.begin(job.side, shards)
             task.work.tidy()
@@ -108,6 +124,7 @@ def run_generate_job(session: SparkSession, job: GenerateJob, settings: Settings
             told = {row["shard"]: json.loads(row["told"]) for row in written}
             tables = _tables(task.work, {row["shard"]: row["key"] for row in written})
             texts = session.read.parquet(*tables)
+            _check_answered(texts, list(told.values()), settings.generate.max_failures)
             write_sorted(texts.select(SCHEMAS[job.side].names), folder.staging, [key], count * PAIRS_PER_ROW)
             _write_dead_letters(texts, job.side, f"{folder.staging}/{DEAD_LETTERS}")
     except AnalysisException as error:  # no such path, or Spark Connect met an output that exists
@@ -176,10 +193,84 @@ def _check(job: GenerateJob, settings: Settings) -> None:
             f"generate.budget_tokens is {generate.budget_tokens}: tasks on several machines cannot keep one budget; "
             "leave it out, and describe a part of the table first"
         )
+    if not generate.resume:
+        work = work_folder(job.out, job.work)
+        raise ConfigError(f"generate.resume is false: to forget finished texts remove {work}, and leave resume out")
     installed = sorted(entry.name for entry in entry_points(group=GROUP))
     name = generate.engine if job.side == "item" else generate.user_engine
     if name not in installed:
         raise EngineError(f"there is no engine {name!r}; installed are: {', '.join(installed)}")
+    limit = "limit" if job.side == "item" else "user_limit"
+    if limit in generate.model_fields_set and getattr(generate, limit) is not None:
+        logger.warning(
+            "generate.%s is %d, which this job does not read: all rows go to the engine %r; for fewer, give fewer rows",
+            limit,
+            getattr(generate, limit),
+            name,
+        )
+
+
+def _with_model_path(settings: Settings) -> Settings:
+    """The settings with a local model's path made absolute: executors start in other folders, and would take a
+    relative one for a hub id."""
+    generate = settings.generate
+    model = Path(generate.model).expanduser()
+    if not LOCAL_ENGINES & {generate.engine, generate.user_engine, generate.fallback_engine} or not model.exists():
+        return settings
+    found = generate.model_copy(update={"model": str(model.absolute())})
+    return settings.model_copy(update={"generate": found})
+
+
+def _folder(session: SparkSession, job: GenerateJob, work: Work) -> Folder:
+    """The output, which may be replaced where its manifest names this job. Spark Connect can replace none."""
+    try:
+        return Folder(session, job.out, overwrite=job.overwrite)
+    except DataError:
+        told = _manifest(session, job.out)
+        if (told.get("side"), told.get("work")) != (job.side, str(work.folder)):
+            raise
+        return Folder(session, job.out, overwrite=True)
+
+
+def _manifest(session: SparkSession, out: str) -> dict[str, Any]:
+    """Of the job that wrote the folder; empty where none did."""
+    jvm: Any = getattr(session, "_jvm", None)
+    if jvm is None:
+        return {}
+    path = jvm.org.apache.hadoop.fs.Path(f"{out.rstrip('/')}/{MANIFEST}")
+    files = path.getFileSystem(session._jsc.hadoopConfiguration())
+    if not files.exists(path):
+        return {}
+    stream = files.open(path)
+    try:
+        told = json.loads(bytes(stream.readAllBytes()))
+    except ValueError:
+        return {}
+    finally:
+        stream.close()
+    return told if isinstance(told, dict) else {}
+
+
+def _check_answered(texts: DataFrame, told: Sequence[Mapping[str, Any]], max_failures: int) -> None:
+    """Refuse to publish what a run wrote whose engine answered nothing: most likely it was not there.
+
+    Requests that fail whatever is done, and are asked for again by each run, are fewer than `max_failures` beside
+    texts of the engine's: they stop nothing.
+    """
+    from pyspark.sql import functions as sf
+
+    failed = sum(of_shard["dead_letters"] for of_shard in told)  # a shard that has any is never skipped
+    generated = sum(of_shard["run"].get("generated", 0) for of_shard in told)
+    of_engine = failed + sum(of_shard["by_source"].get("llm", 0) for of_shard in told)
+    if generated or not failed or failed < min(max_failures, of_engine):
+        return
+    reason = texts.agg(sf.max("failed_reason")).first()
+    assert reason is not None
+    raise EngineError(
+        f"nothing was generated in this run, and {failed:,} requests failed, one with: {reason[0]}. The output stays "
+        "as it is; run again when the engine answers, or, where these requests can never be answered, raise "
+        f"generate.max_failures (it is {max_failures})"
+    )
 
 
 def _rows(session: SparkSession, job: GenerateJob, settings: Settings) -> tuple[DataFrame, DataFrame]:
@@ -202,7 +293,8 @@ def _tables(work: Work, keys: Mapping[int, str]) -> list[str]:
                 f"{work.table(shard)} is not what this run's task wrote: the work folder has to be on a file system "
                 "that the driver and all executors see, and one run at a time may use it; name one with --work"
             )
-    return [work.table(shard).as_uri() for shard in sorted(keys)]
+    # Not `as_uri`: Hadoop takes %20 for a name's own three characters.
+    return [f"file://{work.table(shard)}" for shard in sorted(keys)]
 
 
 def _write_dead_letters(texts: DataFrame, side: Side, path: str) -> None:

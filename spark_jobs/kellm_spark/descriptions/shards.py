@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from kellm_features import __version__
+from kellm_features.knowledge.completions import CompletionStore
 from kellm_features.knowledge.domain import Domain
 from kellm_features.knowledge.engines import Engine, load_engine
 from kellm_features.knowledge.facts import Event, Page, known_genres
@@ -45,6 +46,8 @@ class ShardTask:
     settings: Settings
     domain: Domain
     work: Work
+    run: str = ""
+    """Tells this run from others that the same worker processes serve."""
 
     @property
     def engine(self) -> str:
@@ -91,7 +94,8 @@ def write_shard(task: ShardTask, shard: int, rows: Sequence[Mapping[str, Any]]) 
         that its texts cost, models) and what this call did (`run`, empty where it did nothing).
 
     Raises:
-        EngineError: the engine failed for good; what it had finished is kept for the next attempt.
+        EngineError: the engine failed for good, or `generate.max_failures` requests in a row did, be it over several
+            shards of this process; what was finished is kept for the next attempt.
     """
     task.work.check_seen()
     key = task.key(rows)
@@ -100,7 +104,7 @@ def write_shard(task: ShardTask, shard: int, rows: Sequence[Mapping[str, Any]]) 
         return key, {**finished, "run": {}}
     started = time.monotonic()
     with task.work.store(shard) as store:
-        writer = WorkerWriter(task.settings.generate, task.domain, store)
+        writer = WorkerWriter(task, store)
         described = _describe(task, writer, rows)
     told = {
         "rows": len(rows),
@@ -117,7 +121,23 @@ def write_shard(task: ShardTask, shard: int, rows: Sequence[Mapping[str, Any]]) 
 
 
 class WorkerWriter(Writer):
-    """A writer whose engines outlive it: a model is loaded once in a worker process."""
+    """A writer whose engines and count of failures outlive it: a worker process loads a model once, and notices a dead
+    server however few rows a shard has."""
+
+    _failures: ClassVar[dict[str, int]] = {}
+    """Run -> requests that failed in a row, for the run that this process serves."""
+
+    def __init__(self, task: ShardTask, store: CompletionStore) -> None:
+        super().__init__(task.settings.generate, task.domain, store)
+        self._run = task.run
+        self._failed_in_a_row = self._failures.get(task.run, 0)
+
+    def write(self, name: str, requests: Sequence[Request], label: str, max_tokens: int) -> list[Description]:
+        try:
+            return super().write(name, requests, label, max_tokens)
+        finally:
+            self._failures.clear()
+            self._failures[self._run] = self._failed_in_a_row
 
     def engine(self, name: str) -> Engine:
         return _engine(name, self.settings.model_dump_json())

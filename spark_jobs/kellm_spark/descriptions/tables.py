@@ -29,7 +29,7 @@ def read_items(session: SparkSession, path: str) -> DataFrame:
 
     Raises:
         SchemaError: no item_id or no title.
-        DataError: an item without id or title, or an id that stands twice.
+        DataError: an item without id or title, an id that stands twice, or a year that is none.
     """
     from pyspark.sql import functions as sf
 
@@ -40,11 +40,15 @@ def read_items(session: SparkSession, path: str) -> DataFrame:
     if "genres" in types:
         told = sf.col("genres") if types["genres"].startswith("array") else sf.split("genres", r"\|")
         genres = sf.coalesce(sf.filter(told.cast("array<string>"), lambda genre: genre.isNotNull()), genres)
-    year = sf.col("year") if "year" in types else sf.lit(None)
+    year = sf.lit(None).cast("int")
+    if "year" in types:
+        year = sf.col("year").try_cast("int")
+        if types["year"] not in ("tinyint", "smallint", "int"):
+            _check_years(frame.select("item_id", sf.col("year").alias("told"), year.alias("year")))
     return frame.select(
         _id(frame, "item_id"),
         sf.col("title").cast("string").alias("title"),
-        year.cast("int").alias("year"),
+        year.alias("year"),
         genres.alias("genres"),
     )
 
@@ -209,6 +213,21 @@ def in_shards(rows: DataFrame, key: str, shards: int) -> DataFrame:
     else:  # some tasks get two shards or more, some none
         spread = numbered.repartition(shards, "shard")
     return spread.sortWithinPartitions("shard", key)
+
+
+def _check_years(years: DataFrame) -> None:
+    """Refuse values of `told` of which `year` holds nothing; a missing one may be missing."""
+    from pyspark.sql import functions as sf
+
+    lost = years.where("told is not null and year is null")
+    found = lost.agg(sf.count("*"), sf.min(sf.struct("item_id", sf.col("told").cast("string")))).first()
+    assert found is not None
+    rows, first = found
+    if rows:
+        raise DataError(
+            f"items: year is {first[1]!r} of item {first[0]!r}, and no whole number in {rows:,} rows; leave unknown "
+            "years empty"
+        )
 
 
 def _check_linked(wanted: DataFrame, texts: DataFrame, where: str) -> int:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +38,10 @@ FAILED = (
 LOG_LIVES_S = 24 * 3600.0
 """A log that has not grown for so long belongs to no running attempt: no engine waits a day for its server."""
 _JOB = "job.json"
+_FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/.*)")
+"""With the path as it stands: Hadoop, which finds the output, decodes no %20 either."""
+_GLOB = frozenset("[]{}*?\\")
+"""Hadoop's patterns; with its escape, \\, a name that holds them is not found either."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,21 @@ def work_folder(out: str, work: str | None) -> Path:
     """The folder that `--work` names, else `OUT.work`; absolute, because executors start elsewhere.
 
     Raises:
-        ConfigError: it would be in an object store, where nothing can be appended to a log.
+        ConfigError: it would be in an object store, where nothing can be appended to a log, or Spark could not read
+            in it.
     """
     named = work or f"{out.rstrip('/')}.work"
-    parts = urlsplit(named)
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
-    if "://" in named:
+    if local := _FILE_URI.fullmatch(named):
+        named = local[1]
+    elif "://" in named:
         raise ConfigError(
             f"the work folder {named} is not a path: completions are appended to logs, for which a file system that is "
             "mounted on the driver and all executors is needed; name a folder there with --work (--out may be anywhere)"
         )
-    return Path(named).expanduser().absolute()
+    folder = Path(named).expanduser().absolute()
+    if odd := sorted(set(str(folder)) & _GLOB):
+        raise ConfigError(
+            f"the work folder {folder} has {' '.join(odd)} in its path, which Spark reads as a pattern: name another "
+            "with --work"
+        )
+    return folder
