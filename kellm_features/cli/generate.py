@@ -48,7 +48,8 @@ def generate(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Texts by the engine, most popular items and longest histories first. Default with --engine: all."
+            min=0,
+            help="Texts by the engine, most popular items and longest histories first. Default with --engine: all.",
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=8, help="Of one answer.")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -142,32 +142,40 @@ def _merged(parts: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
 
 
 def _describe_items(ctx: StageContext, inputs: Inputs, writer: Writer) -> dict[Any, Description]:
-    settings = ctx.settings.generate
-    kept = _finished(ctx, "item", inputs.item_order)
-    parts = items_by_engine(inputs)
-    if kept is not None:
-        parts = {settings.fallback_engine: [item_id for item_id in inputs.item_order if item_id not in kept]}
-    rows = dict(kept or {})
-    for name, ids in parts.items():
-        texts = writer.write(name, inputs.item_requests(ids), f"describe {inputs.domain.plural}", settings.max_tokens)
-        rows.update(zip(ids, texts, strict=True))
-    return rows
+    most, label = ctx.settings.generate.max_tokens, f"describe {inputs.domain.plural}"
+
+    def write(engine: str, ids: list[Any]) -> list[Description]:
+        return writer.write(engine, inputs.item_requests(ids), label, most)
+
+    return _describe(ctx, "item", inputs.item_order, items_by_engine(inputs), write)
 
 
 def _describe_users(
     ctx: StageContext, inputs: Inputs, writer: Writer, described: Mapping[Any, Description]
 ) -> dict[Any, Description]:
-    settings = ctx.settings.generate
     descriptions = {item_id: row.text for item_id, row in described.items()}
-    kept = _finished(ctx, "user", inputs.user_order)
-    parts = users_by_engine(inputs)
+    most = ctx.settings.generate.user_max_tokens or ctx.settings.generate.max_tokens
+
+    def write(engine: str, ids: list[Any]) -> list[Description]:
+        return writer.write(engine, inputs.user_requests(ids, descriptions), "profile users", most)
+
+    return _describe(ctx, "user", inputs.user_order, users_by_engine(inputs), write)
+
+
+def _describe(
+    ctx: StageContext,
+    side: str,
+    ids: Sequence[Any],
+    by_engine: Mapping[str, list[Any]],
+    write: Callable[[str, list[Any]], list[Description]],
+) -> dict[Any, Description]:
+    """The rows of one side; where it is left alone, those that are there, and templates for ids that have none."""
+    kept = _finished(ctx, side, ids)
     if kept is not None:
-        parts = {settings.fallback_engine: [user_id for user_id in inputs.user_order if user_id not in kept]}
+        by_engine = {ctx.settings.generate.fallback_engine: [key for key in ids if key not in kept]}
     rows = dict(kept or {})
-    for name, ids in parts.items():
-        requests = inputs.user_requests(ids, descriptions)
-        texts = writer.write(name, requests, "profile users", settings.user_max_tokens or settings.max_tokens)
-        rows.update(zip(ids, texts, strict=True))
+    for engine, of_engine in by_engine.items():
+        rows.update(zip(of_engine, write(engine, of_engine), strict=True))
     return rows
 
 
