@@ -141,6 +141,10 @@ def make_run() -> Callable[..., Run]:
                     "description_source": ["template"] * len(item_ids),
                     "prompt_hash": [f"p{i}" for i in item_ids],
                     "model_id": ["template-1"] * len(item_ids),
+                    "grounding": pa.array([1.0 if on else None for on in linked], pa.float32()),
+                    "prompt_tokens": pa.array([0] * len(item_ids), pa.int32()),
+                    "completion_tokens": pa.array([0] * len(item_ids), pa.int32()),
+                    "factors": pa.nulls(len(item_ids), pa.map_(pa.string(), pa.string())),
                 }
             ),
             ("link", "links.parquet"): pa.table(

@@ -68,6 +68,10 @@ def make_release(folder: Path, version: str, *, seed: int = 0, items: range = ra
             "description_source": ["template"] * len(items),
             "prompt_hash": ["p"] * len(items),
             "model_id": ["template-1"] * len(items),
+            "grounding": pa.nulls(len(items), pa.float32()),
+            "prompt_tokens": pa.array([0] * len(items), pa.int32()),
+            "completion_tokens": pa.array([0] * len(items), pa.int32()),
+            "factors": pa.nulls(len(items), pa.map_(pa.string(), pa.string())),
         }
     )
     written = {
