@@ -78,6 +78,9 @@ def test_all_processes_are_watched_over(engine: VllmEngine) -> None:
     own = {child.pid for child in children if "VLLM" in child.name()}
     assert len(own) >= 2
     assert own <= watched
+    # Killed, it would be missed by whatever this process starts next.
+    (tracker,) = [child.pid for child in children if any("resource_tracker" in word for word in child.cmdline())]
+    assert tracker not in watched
 
 
 def test_the_engine_says_what_shapes_its_texts(engine: VllmEngine) -> None:

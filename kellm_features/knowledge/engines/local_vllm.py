@@ -192,7 +192,12 @@ class _Running:
 
         self.llm = llm
         self._thread = ExitStack()
-        own = [child for child in psutil.Process().children(recursive=True) if child not in before]
+        # Python's resource tracker is not vLLM's: it serves this process's other children too, and ends by itself.
+        own = [
+            child
+            for child in psutil.Process().children(recursive=True)
+            if child not in before and not any("resource_tracker" in word for word in child.cmdline())
+        ]
         named = [f"{process.pid}:{process.create_time()}" for process in own]
         self._watch = subprocess.Popen([sys.executable, watch.__file__, *named], stdin=subprocess.PIPE)
         self.portal = self._thread.enter_context(start_blocking_portal(name="kellm-vllm"))
