@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,22 @@ from kellm_features.knowledge.prompts import item_prompt
 MOVIES = load_domain("movies")
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+
+FOREIGN_WARNINGS = (
+    # Raised inside torch, vLLM and the packages below it, as these import each other.
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # vLLM leaves a ZeroMQ context to the garbage collector, which comes to it in whichever test is running then.
+    "ignore:Unclosed context:ResourceWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            for warning in FOREIGN_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 def pytest_report_header() -> str | None:

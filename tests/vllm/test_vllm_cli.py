@@ -17,8 +17,6 @@ from kellm_features.knowledge.domain import load_domain
 from kellm_features.schemas import ITEM_DESCRIPTIONS, read_table
 from tests.knowledge.world import World, stages_of
 
-from .test_vllm_engine import pytestmark  # noqa: F401 - the same warnings, for the same reasons
-
 OPTIONS = """
 [generate.vllm]
 dtype = "bfloat16"

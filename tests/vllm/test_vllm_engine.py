@@ -20,14 +20,6 @@ from kellm_features.knowledge.localmodel import EMBEDDED_MODEL
 from kellm_features.settings import GenerateSettings, VllmSettings
 from tests.knowledge.world import FILMS, World
 
-pytestmark = [
-    # Raised inside torch, vLLM and the packages below it, as these import each other.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    # vLLM leaves a ZeroMQ context to the garbage collector once its processes are up.
-    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
-]
-
 OPTIONS = VllmSettings(
     dtype="bfloat16",
     max_model_len=2048,
