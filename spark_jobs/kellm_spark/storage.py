@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kellm_features.errors import DataError
@@ -126,3 +127,13 @@ class Folder:
         name = f".{self._out.getName()}.{role}"
         parent = self._out.getParent()
         return self._make(parent, name) if parent is not None else self._make(name)
+
+
+def split_hash_of(interactions: str) -> str | None:
+    """The hash of the split that interactions come from; None where they are no artefact of this project."""
+    try:
+        found = json.loads(Path(interactions).with_name("manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = found.get("split_hash") if isinstance(found, dict) else None
+    return value if isinstance(value, str) else None

@@ -10,18 +10,15 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import openai  # noqa: F401 - imported before the forks, so that a job starts at once
-import tenacity  # noqa: F401 - as above
 from world import World, stages_of
 
 from kellm_features import pipeline, stages
-from kellm_features.data import history  # noqa: F401 - as above
-from kellm_features.knowledge import generate  # noqa: F401 - as above
 from kellm_features.settings import load_settings
 
 
@@ -39,6 +36,8 @@ def many_films(count: int, changed: frozenset[int] = frozenset()) -> World:
 
 def main() -> None:
     """Fork one process a line of stdin; answer its id."""
+    for name in ("openai", "tenacity", "kellm_features.data.history", "kellm_features.knowledge.generate"):
+        import_module(name)  # before the forks, so that a job starts at once
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead do not stay as zombies, which look alive
     for line in sys.stdin:
         pid = os.fork()

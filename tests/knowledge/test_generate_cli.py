@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,8 @@ from .world import World, stages_of
 @pytest.fixture
 def run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose stages before `generate` are finished."""
-    import kellm_features.cli.generate
-    import kellm_features.cli.run  # noqa: F401 - registers `kellm run`
-
+    for command in ("generate", "run"):  # each registers itself with the application
+        import_module(f"kellm_features.cli.{command}")
     made = stages_of(world)
     for module in (pipeline, stages):
         monkeypatch.setattr(module, "STAGES", made)

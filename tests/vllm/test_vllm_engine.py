@@ -151,7 +151,7 @@ def test_refusals_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"'generate.vllm.engine_args' sets dtype, model: accepted are"):
         load(GenerateSettings(vllm=VllmSettings(engine_args={"dtype": "auto", "model": "x"})))
     with pytest.raises(EngineError, match=r"vLLM 0.* cannot start with the model in .*no_such_argument"):
-        load(GenerateSettings(vllm=VllmSettings(engine_args={"no_such_argument": 1}))).started  # noqa: B018 - starts it
+        list(load(GenerateSettings(vllm=VllmSettings(engine_args={"no_such_argument": 1}))).generate([], max_tokens=8))
 
 
 def test_a_killed_core_is_told_and_waits_for_nothing(

@@ -35,7 +35,7 @@ from kellm_spark.descriptions.tables import (
 )
 from kellm_spark.descriptions.work import Work, work_folder
 from kellm_spark.session import follow, spark_reason
-from kellm_spark.storage import MANIFEST, Folder, write_sorted
+from kellm_spark.storage import MANIFEST, Folder, split_hash_of, write_sorted
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -141,7 +141,7 @@ def run_generate_job(session: SparkSession, job: GenerateJob, settings: Settings
         "model": settings.generate.model,
         "max_tokens": task.max_tokens,
         "factors": settings.generate.factors,
-        "split_hash": _split_hash(job.inputs["interactions"]) if job.side == "user" else None,
+        "split_hash": split_hash_of(job.inputs["interactions"]) if job.side == "user" else None,
         **_sums(list(told.values())),
         "shards": shards,
         "shards_skipped": sum(not of_shard["run"] for of_shard in told.values()),
@@ -328,13 +328,3 @@ def _sums(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{name: sum(run.get(name, 0) for run in runs) for name in asked},
         "worker_seconds": round(sum(run.get("seconds", 0.0) for run in runs), 1),
     }
-
-
-def _split_hash(interactions: str) -> str | None:
-    """Of the split that the rows come from, where they are an artefact of this project."""
-    try:
-        found = json.loads(Path(interactions).with_name("manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    value = found.get("split_hash") if isinstance(found, dict) else None
-    return value if isinstance(value, str) else None

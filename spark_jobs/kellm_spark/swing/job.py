@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kellm_features import __version__
 from kellm_features.errors import ConfigError, DataError
 from kellm_spark.session import data_errors, follow, get_session, spark_reason
-from kellm_spark.storage import MANIFEST, Folder, read_table, write_sorted
+from kellm_spark.storage import MANIFEST, Folder, read_table, split_hash_of, write_sorted
 from kellm_spark.swing.parameters import Side, SwingOptions
 from kellm_spark.swing.plan import SwingPlan, plan_swing
 
@@ -81,7 +79,7 @@ def run_swing_job(job: SwingJob, settings: SparkSettings) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "interactions": job.interactions,
         "split": split,
-        "split_hash": _split_hash(job.interactions),
+        "split_hash": split_hash_of(job.interactions),
         "before": job.before,
         **asdict(job.options),
         "mode": plan.mode,
@@ -143,13 +141,3 @@ def _of_split(frame: DataFrame, split: str) -> DataFrame:
         seen = [str(row[0]) for row in frame.select("split").distinct().orderBy("split").limit(10).collect()]
         raise ConfigError(f"--split {split}: no row has it; seen: {', '.join(seen) or 'no rows'}; or take --split all")
     return rows
-
-
-def _split_hash(interactions: str) -> str | None:
-    """Of the split that the rows come from, where they are an artefact of this project."""
-    try:
-        found = json.loads(Path(interactions).with_name("manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    value = found.get("split_hash") if isinstance(found, dict) else None
-    return value if isinstance(value, str) else None
