@@ -22,6 +22,7 @@ from kellm_features.sections import (
     ColumnMap,
     DataSettings,
     EncodeSettings,
+    EvaluateSettings,
     GenerateSettings,
     HistorySettings,
     LinkSettings,
@@ -41,6 +42,7 @@ __all__ = [
     "ColumnMap",
     "DataSettings",
     "EncodeSettings",
+    "EvaluateSettings",
     "GenerateSettings",
     "HistorySettings",
     "LinkSettings",
@@ -79,6 +81,7 @@ class Settings(Section):
     generate: GenerateSettings = GenerateSettings()
     encode: EncodeSettings = EncodeSettings()
     train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     store: StoreSettings = StoreSettings()
 
     def hash_of(self, sections: Iterable[str]) -> str:
