@@ -13,6 +13,10 @@ from kellm_features.errors import DataError
 from kellm_features.schemas import PAIRS, read_table
 from kellm_features.training.encodings import Ids, id_array, positions, shown
 
+PRIOR_LIKES = 10.0
+"""Likes added to a neighbour's own before its scores are divided by them: a neighbour with one like is no closer for
+having few. The same ten as in the truth that cold retrieval is measured by."""
+
 
 class PositiveSampler:
     """Draws one positive for an anchor, seeded by the caller's generator.
@@ -21,12 +25,16 @@ class PositiveSampler:
     the same whatever the scale of its scores. A single top-1 partner (the paper's choice) collapses onto hubs: on
     MovieLens-100K one user serves 160 of 943.
 
+    Scores are raw, or normalised by `degrees`: s(i, j) / (likes of j + 10), by which lists are ranked before they are
+    cut and drawn from. SWING sums over pairs of common users, so a neighbour that many liked stands high in most lists.
+
     Args:
         anchors: (R,) indices below `count`.
         neighbors: (R,) indices below `count`.
         scores: (R,) finite, above 0.
         count: items or users in the catalogue.
         top_k: neighbours kept for each anchor, by score, ties by index.
+        degrees: (count,) train likes of each, at least 0; None: raw scores.
     """
 
     def __init__(
@@ -36,7 +44,10 @@ class PositiveSampler:
         scores: npt.NDArray[np.float64],
         count: int,
         top_k: int,
+        degrees: npt.NDArray[np.int64] | None = None,
     ) -> None:
+        if degrees is not None:
+            scores = scores / (degrees[neighbors] + PRIOR_LIKES)
         order = np.lexsort((neighbors, -scores, anchors))
         anchors, neighbors, scores = anchors[order], neighbors[order], scores[order]
         starts = np.searchsorted(anchors, np.arange(count))
@@ -67,7 +78,14 @@ class PositiveSampler:
         return self.candidates[anchors, torch.minimum(column, last)]
 
 
-def read_pairs(path: Path, ids: Ids, in_train: npt.NDArray[np.bool_], what: str, top_k: int) -> PositiveSampler:
+def read_pairs(
+    path: Path,
+    ids: Ids,
+    in_train: npt.NDArray[np.bool_],
+    what: str,
+    top_k: int,
+    degrees: npt.NDArray[np.int64] | None = None,
+) -> PositiveSampler:
     """Read SWING pairs into a sampler over catalogue indices.
 
     Args:
@@ -76,6 +94,7 @@ def read_pairs(path: Path, ids: Ids, in_train: npt.NDArray[np.bool_], what: str,
         in_train: (N,) whether the id has train rows: pairs may stem from train rows alone.
         what: `item_id` or `user_id`, for messages.
         top_k: neighbours kept for each anchor.
+        degrees: (N,) train likes of each id, to normalise scores by; None: raw scores.
 
     Raises:
         DataError: empty, ids that the catalogue or the train rows lack, self-pairs, repeated pairs, scores that are
@@ -104,4 +123,4 @@ def read_pairs(path: Path, ids: Ids, in_train: npt.NDArray[np.bool_], what: str,
             f"{path}: {what} {shown(ids[leaked[0]])} has no train rows ({len(leaked)} such ids): the pairs were "
             "made from another split; run  kellm run --from swing"
         )
-    return PositiveSampler(anchors, neighbors, scores, len(ids), top_k)
+    return PositiveSampler(anchors, neighbors, scores, len(ids), top_k, degrees)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import log_loss as sk_log_loss
 from sklearn.metrics import roc_auc_score
 
+from kellm_features.schemas import PAIRS, write_table
 from kellm_features.training.metrics import auc, gauc, log_loss
 from kellm_features.training.neighbors import neighbor_recall
-from kellm_features.training.pairs import PositiveSampler
+from kellm_features.training.pairs import PositiveSampler, read_pairs
 
 
 def sampler(top_k: int) -> PositiveSampler:
@@ -35,6 +39,36 @@ def test_order_sizes_and_lone_anchors() -> None:
     assert found.sizes.tolist() == [2, 0, 1, 0, 0]
     drawn = found.sample(torch.tensor([1, 2]), torch.Generator().manual_seed(1))
     assert drawn.tolist() == [-1, 0]
+
+
+def test_normalised_scores_rank_before_the_cut() -> None:
+    """Anchor 0: scores 3, 6, 1, 0.5 over 10 + likes 0, 90, 0, 15: 0.3, 0.06, 0.1 and 0.02."""
+    anchors, neighbors = np.array([0, 0, 0, 2, 0]), np.array([1, 2, 3, 0, 4])
+    degrees = np.array([7, 0, 90, 0, 15])
+    found = PositiveSampler(anchors, neighbors, np.array([3.0, 6.0, 1.0, 0.2, 0.5]), 5, 2, degrees)
+    assert found.candidates.tolist() == [[1, 3], [-1, -1], [0, -1], [-1, -1], [-1, -1]]
+    draws = 100_000
+    drawn = found.sample(torch.zeros(draws, dtype=torch.int64), torch.Generator().manual_seed(0))
+    share = (drawn == 1).float().mean().item()
+    assert abs(share - 0.75) < 5 * (0.75 * 0.25 / draws) ** 0.5  # 0.3 of 0.3 + 0.1
+
+
+def test_pairs_are_read_with_and_without_degrees(tmp_path: Path) -> None:
+    pairs = pa.table(
+        {
+            "anchor_id": [10, 10, 20],
+            "neighbor_id": [20, 30, 30],
+            "score": [2.0, 1.0, 1.0],
+            "common": pa.array([2, 1, 1], pa.int32()),
+            "rank": pa.array([1, 2, 1], pa.int32()),
+        }
+    )
+    write_table(pairs, tmp_path / "pairs.parquet", PAIRS)
+    ids, in_train = np.array([30, 20, 10]), np.ones(3, dtype=bool)
+    raw = read_pairs(tmp_path / "pairs.parquet", ids, in_train, "item_id", 5)
+    assert raw.candidates.tolist() == [[-1, -1], [0, -1], [1, 0]]
+    tamed = read_pairs(tmp_path / "pairs.parquet", ids, in_train, "item_id", 5, degrees=np.array([0, 40, 0]))
+    assert tamed.candidates.tolist() == [[-1, -1], [0, -1], [0, 1]]  # 1 / 10 before 2 / 50
 
 
 def test_same_generator_same_positives() -> None:

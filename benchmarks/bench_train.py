@@ -1,0 +1,267 @@
+"""What an epoch of joint training costs, beside a plain PyTorch loop; appends rows to benchmarks/data/train_speed.csv.
+
+python benchmarks/bench_train.py --turns 2
+
+Both train the same model, with text and the contrastive terms of both sides, on the same examples and batch size; see
+`peers_train.py` for what the plain loop does. Without `--run` the interactions are MovieLens-100K's, and encodings and
+pairs are random: they have the shapes of real ones (384 numbers, 20 neighbours), and the cost is the same. An epoch
+to warm up goes before the one that is measured, and variants take turns, in another order every turn. Each process
+has `--threads` threads; `cpu_s` is of all processes, and `ctr` the cross entropy of the measured epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import multiprocessing
+import os
+import platform
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from bench_place import git_commit, processor
+from peers_train import PlainFeatures, PlainLoop
+
+from kellm_features.artifacts import require_artifact
+from kellm_features.data import ingest
+from kellm_features.schemas import INTERACTIONS, ITEM_ENCODINGS, ITEMS, USER_ENCODINGS, USERS, read_table
+from kellm_features.settings import Settings, TrainSettings
+from kellm_features.stages import StageContext
+from kellm_features.training.data import CtrData, Examples, build_ctr_data
+from kellm_features.training.encodings import read_encodings
+from kellm_features.training.knowledge import KnowledgeAugmented
+from kellm_features.training.pairs import PositiveSampler, read_pairs
+from kellm_features.training.ranks import Ranks
+from kellm_features.training.stage import build_model
+from kellm_features.training.trainer import Trainer
+from kellm_features.usage import Usage, measure
+
+OUT = Path(__file__).resolve().parent / "data" / "train_speed.csv"
+COLUMNS = (
+    "dataset examples items users max_history backbone impl batch_size workers ranks precision compile threads turn "
+    "examples_s cpu_ms_per_example cpu_s wall_s peak_mib ctr machine cores memory_gib python torch commit date"
+).split()
+SIDES = ("user", "item")
+SEED = 7
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain_workers_2": {"workers": 2},
+    "ours": {},
+    "ours_workers_1": {"workers": 1},
+    "ours_workers_2": {"workers": 2},
+    "ours_bfloat16": {"precision": "bfloat16"},
+    "ours_compile": {"compile": True},
+    "ours_ranks_2": {"ranks": 2},
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What all variants train on."""
+
+    dataset: str
+    data: CtrData
+    encodings: dict[str, torch.Tensor]
+    samplers: dict[str, PositiveSampler]
+
+
+class TimedTrainer(Trainer):
+    """Keeps what each epoch cost."""
+
+    def _epoch(self, epoch: int, advance: Any) -> None:
+        with measure() as self.usage:
+            super()._epoch(epoch, advance)
+
+
+def main() -> None:
+    """Every variant in turn, for each backbone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run with ingest, swing and encode, instead of MovieLens-100K")
+    parser.add_argument("--examples", type=int, default=20_480, help="train examples at most")
+    parser.add_argument("--batch-size", type=int, default=TrainSettings().batch_size)
+    parser.add_argument("--backbone", action="append", choices=["deepfm", "din", "dien"])
+    parser.add_argument("--impl", action="append", choices=list(VARIANTS))
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process that computes")
+    parser.add_argument("--commit", help="instead of asking git")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    world = read_world(options.run, options.examples)
+    place = {
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": options.commit or git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    impls = options.impl or list(VARIANTS)
+    for backbone in options.backbone or ["deepfm", "din", "dien"]:
+        require_equal(world, train_settings(backbone, options.batch_size))
+        for turn in range(options.turns):
+            for impl in impls if turn % 2 == 0 else impls[::-1]:
+                settings = train_settings(backbone, options.batch_size, **VARIANTS[impl])
+                row = run(impl, world, settings, options)
+                row |= {"turn": turn + 1, "threads": options.threads, **place}
+                print(*(f"{name} {row[name]}" for name in COLUMNS[5:20]), sep=", ", flush=True)
+                append(row)
+
+
+def train_settings(backbone: str, batch_size: int, **variant: Any) -> TrainSettings:
+    """The defaults, without what the paper has not: every step is a joint one, of vectors side by side."""
+    fixed = {"schedule": "joint", "affinity": "none", "epochs": 2, "patience": 0, "device": "cpu"}
+    return TrainSettings(backbone=backbone, batch_size=batch_size, **fixed, **variant)
+
+
+def read_world(run_dir: Path | None, examples: int) -> World:
+    """Examples, encodings and samplers, cut to so many train examples and few to validate on."""
+    with tempfile.TemporaryDirectory() as folder:
+        if run_dir is None:
+            ingest.run(StageContext(Settings(), Path(folder), Path(folder), Path(folder), {}, {}, None))
+        tables = Path(folder) if run_dir is None else require_artifact(run_dir, "ingest", "train").path
+        data = build_ctr_data(
+            read_table(tables / "interactions.parquet", INTERACTIONS),
+            read_table(tables / "items.parquet", ITEMS),
+            read_table(tables / "users.parquet", USERS),
+            split="user",
+            max_history=Settings().history.max_events,
+            ties="shuffle",  # keeps targets, which is all that counts here
+            seed=SEED,
+        )
+    data = replace(data, examples={part: head(rows, part, examples) for part, rows in data.examples.items()})
+    if run_dir is None:
+        return World("ml-100k", data, *made_up(data))
+    encoded, swing = (require_artifact(run_dir, stage, "train").path for stage in ("encode", "swing"))
+    known = {"user": (data.user_ids, data.user_in_train), "item": (data.item_ids, data.item_in_train)}
+    schemas = {"user": USER_ENCODINGS, "item": ITEM_ENCODINGS}
+    top_k = TrainSettings().top_k
+    return World(
+        run_dir.name,
+        data,
+        {s: read_encodings(encoded / f"{s}_encodings.parquet", schemas[s], known[s][0]).vectors for s in SIDES},
+        {s: read_pairs(swing / f"{s}_pairs.parquet", *known[s], f"{s}_id", top_k) for s in SIDES},
+    )
+
+
+def head(rows: Examples, part: str, examples: int) -> Examples:
+    """Validation belongs to an epoch of ours and not to the plain loop's: so few rows cost next to nothing."""
+    count = examples if part == "train" else 256
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[:count]
+    return Examples(rows.user[chosen], rows.item[chosen], rows.label[chosen])
+
+
+def made_up(data: CtrData) -> tuple[dict[str, torch.Tensor], dict[str, PositiveSampler]]:
+    """Random encodings, and 20 random neighbours for each id with train rows."""
+    rng = np.random.default_rng(SEED)
+    encodings, samplers = {}, {}
+    for side, in_train in (("user", data.user_in_train), ("item", data.item_in_train)):
+        encodings[side] = torch.from_numpy(rng.normal(size=(len(in_train), 384)).astype(np.float32))
+        ids = np.flatnonzero(in_train)
+        anchors, neighbors = np.repeat(ids, 20), rng.choice(ids, 20 * len(ids))
+        samplers[side] = PositiveSampler(anchors, neighbors, rng.random(len(anchors)) + 0.1, len(in_train), 20)
+    return encodings, samplers
+
+
+def model_of(world: World, settings: TrainSettings) -> KnowledgeAugmented:
+    """The model of all variants, with the same initial weights."""
+    return build_model(world.data, world.encodings, settings, SEED, gather=settings.ranks > 1)
+
+
+def require_equal(world: World, settings: TrainSettings) -> None:
+    """Both sides give the model the same features: equal logits where nothing is hidden."""
+    model = model_of(world, settings).eval()
+    rows = world.data.examples["valid"]
+    ids = {"user": rows.user, "item": rows.item}
+    encodings = {side: vectors[ids[side]] for side, vectors in world.encodings.items()}
+    ours, plain = world.data.features(rows.user, rows.item), PlainFeatures(world.data)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(ours, encodings), model(plain(rows.user, rows.item, training=False), encodings), rtol=1e-4, atol=1e-5
+        )
+
+
+def run(impl: str, world: World, settings: TrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    """The cost of a variant's second epoch."""
+    if impl.startswith("plain"):
+        loop = PlainLoop(model_of(world, settings), world.data, world.encodings, world.samplers, settings, SEED)
+        loop.epoch()
+        with measure() as usage:
+            ctr = loop.epoch()
+        done = [(usage, ctr)]
+    elif settings.ranks > 1:
+        done = run_ranks(settings, options)
+    else:
+        done = [train(world, settings, Ranks())]
+    cpu_s, wall_s = sum(usage.cpu_seconds for usage, _ in done), max(usage.seconds for usage, _ in done)
+    count = len(world.data.examples["train"])
+    return {
+        "dataset": world.dataset,
+        "examples": count,
+        "items": len(world.data.item_ids),
+        "users": len(world.data.user_ids),
+        "max_history": Settings().history.max_events,
+        "backbone": settings.backbone,
+        "impl": impl,
+        **{name: getattr(settings, name) for name in ("batch_size", "workers", "ranks", "precision", "compile")},
+        "examples_s": round(count / wall_s),
+        "cpu_ms_per_example": round(1000 * cpu_s / count, 4),
+        "cpu_s": round(cpu_s, 2),
+        "wall_s": round(wall_s, 2),
+        "peak_mib": round(sum(usage.peak_mib for usage, _ in done)),
+        "ctr": round(done[0][1], 4),
+    }
+
+
+def train(world: World, settings: TrainSettings, ranks: Ranks) -> tuple[Usage, float]:
+    """Two epochs by the package's trainer: the cost of the second, and its cross entropy."""
+    model = model_of(world, settings)
+    trainer = TimedTrainer(model, world.data, world.encodings, world.samplers, settings, seed=SEED, ranks=ranks)
+    history = trainer.fit()
+    return trainer.usage, history.epochs[-1]["ctr"]
+
+
+def run_ranks(settings: TrainSettings, options: argparse.Namespace) -> list[tuple[Usage, float]]:
+    """The same on several ranks, each a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        with ProcessPoolExecutor(settings.ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = [
+                pool.submit(rank, number, meeting, settings, options.run, options.examples, options.threads)
+                for number in range(settings.ranks)
+            ]
+            return [job.result() for job in jobs]
+
+
+def rank(
+    number: int, meeting: str, settings: TrainSettings, run_dir: Path | None, examples: int, threads: int
+) -> tuple[Usage, float]:
+    """One rank's part."""
+    torch.set_num_threads(threads)
+    world = read_world(run_dir, examples)
+    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=settings.ranks)
+    try:
+        return train(world, settings, Ranks.joined(torch.device("cpu")))
+    finally:
+        dist.destroy_process_group()
+
+
+def append(row: dict[str, Any]) -> None:
+    """Add a row to the table, with a header where it is new."""
+    new = not OUT.exists()
+    with OUT.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
