@@ -13,7 +13,33 @@ Activation = Literal["gelu", "relu"]
 _MIN_STD = 1e-6
 
 
-class Adapter(nn.Module):
+class Standardized(nn.Module):
+    """A module over encodings that standardises them first: `(x − mean) / std`, by dimension.
+
+    State dict: the buffers `mean` (D,) and `std` (D,), 0 and 1 until `standardize` is called.
+
+    Args:
+        in_dim: D, length of an encoding.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(in_dim))
+        self.register_buffer("std", torch.ones(in_dim))
+
+    def standardize(self, encodings: Tensor) -> None:
+        """Take the mean and deviation of each dimension from (N, D) encodings: those of the train rows."""
+        wide = encodings.double()
+        deviation = wide.std(0, correction=0)
+        self.mean.copy_(wide.mean(0))
+        # A dimension that never varies says nothing: leave its scale alone.
+        self.std.copy_(torch.where(deviation > _MIN_STD, deviation, 1.0))
+
+
+class Adapter(Standardized):
     """KELLMRec's two-layer MLP (§3.3): `W2 · act(W1 · (x − mean)/std + b1) + b2`, then L2 normalisation.
 
     The paper gives no dimensions and no norm. The output is linear (KAR's ends in a ReLU, which confines cosines to
@@ -33,9 +59,6 @@ class Adapter(nn.Module):
         normalize: give embeddings unit length.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         in_dim: int,
@@ -45,13 +68,11 @@ class Adapter(nn.Module):
         activation: Activation = "gelu",
         normalize: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(in_dim)
         self.hidden = nn.Linear(in_dim, hidden)
         self.output = nn.Linear(hidden, out_dim)
         self.activation: Activation = activation
         self.normalize = normalize
-        self.register_buffer("mean", torch.zeros(in_dim))
-        self.register_buffer("std", torch.ones(in_dim))
 
     @property
     def in_dim(self) -> int:
@@ -62,14 +83,6 @@ class Adapter(nn.Module):
     def out_dim(self) -> int:
         """E, length of an embedding."""
         return self.output.out_features
-
-    def standardize(self, encodings: Tensor) -> None:
-        """Take the mean and deviation of each dimension from (N, D) encodings: those of the train rows."""
-        wide = encodings.double()
-        deviation = wide.std(0, correction=0)
-        self.mean.copy_(wide.mean(0))
-        # A dimension that never varies says nothing: leave its scale alone.
-        self.std.copy_(torch.where(deviation > _MIN_STD, deviation, 1.0))
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """w1 (H, D), b1 (H,), w2 (E, H), b2 (E,), the standardisation folded in: the plain MLP over encodings."""

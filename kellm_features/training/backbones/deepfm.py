@@ -1,30 +1,14 @@
-"""CTR backbones, from their papers' equations.
-
-A backbone is any module called as `backbone(features, knowledge) -> logits (B,)`: `features` is what the trainer's
-data yields, `knowledge` the adapted vectors of the example, (B, K), or None for a model without text.
-"""
+"""DeepFM, from its paper's equations."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Bag:
-    """One field of a batch: weighted ids. A plain category is one id of weight 1; padding has weight 0."""
-
-    ids: Tensor
-    """(B, L) int64."""
-    weights: Tensor
-    """(B, L) float32."""
-
-
-Features = Mapping[str, Bag]
+from kellm_features.training.backbones.parts import Tables, check_knowledge, dnn
+from kellm_features.training.features import Features
 
 
 class DeepFM(nn.Module):
@@ -55,22 +39,14 @@ class DeepFM(nn.Module):
     ) -> None:
         super().__init__()
         self.fields = dict(fields)
-        self.tables = nn.ModuleDict({name: nn.Embedding(rows, field_dim) for name, rows in tables.items()})
-        self.linear = nn.ModuleDict({field: nn.Embedding(tables[table], 1) for field, table in fields.items()})
+        self.tables = Tables(tables, field_dim)
+        self.linear = Tables({field: tables[table] for field, table in fields.items()}, 1, std=0.0)
+        self.knowledge_dim = knowledge_dim
         self.knowledge_linear = nn.Linear(knowledge_dim, 1, bias=False) if knowledge_dim else None
-        widths = (len(fields) * field_dim + knowledge_dim, *layers)
-        blocks: list[nn.Module] = []
-        for width_in, width_out in itertools.pairwise(widths):
-            blocks += [nn.Linear(width_in, width_out), nn.ReLU(), nn.Dropout(dropout)]
-        self.deep = nn.Sequential(*blocks, nn.Linear(widths[-1], 1, bias=False))
+        width = len(fields) * field_dim + knowledge_dim
+        self.deep = dnn(width, layers, lambda _: nn.ReLU(), dropout, bias=False)
         self.knowledge_dropout = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.zeros(()))
-        for module in self.tables.values():
-            assert isinstance(module, nn.Embedding)
-            nn.init.normal_(module.weight, std=0.01)
-        for module in self.linear.values():
-            assert isinstance(module, nn.Embedding)
-            nn.init.zeros_(module.weight)
 
     def first_order_parameters(self) -> list[nn.Parameter]:
         """The weights of single ids and the bias, which a trainer may give a rate of their own."""
@@ -80,22 +56,19 @@ class DeepFM(nn.Module):
         """Logits (B,) of a batch.
 
         Args:
-            features: a `Bag` for each of `fields`.
+            features: its `fields` are read: a `Bag` for each of this model's.
             knowledge: (B, K), or None where the model was built for none.
+
+        Raises:
+            ValueError: knowledge of another width.
         """
-        bags = {field: features[field] for field in self.fields}
-        fields_BFk = torch.stack(
-            [_mean(self.tables[table], bags[field]) for field, table in self.fields.items()], dim=1
-        )
+        check_knowledge("DeepFM", knowledge, self.knowledge_dim)
+        bags = {field: features.fields[field] for field in self.fields}
+        fields_BFk = torch.stack([self.tables.mean(table, bags[field]) for field, table in self.fields.items()], dim=1)
         logits = self.bias + second_order(fields_BFk)
         for field, bag in bags.items():
-            logits = logits + _mean(self.linear[field], bag).squeeze(1)
+            logits = logits + self.linear.mean(field, bag).squeeze(1)
         deep_in = fields_BFk.flatten(1)
-        if (knowledge is None) != (self.knowledge_linear is None):
-            raise ValueError(
-                f"knowledge is {None if knowledge is None else tuple(knowledge.shape)}, and this DeepFM was built for "
-                f"{'none' if self.knowledge_linear is None else self.knowledge_linear.in_features} columns of it"
-            )
         if knowledge is not None and self.knowledge_linear is not None:
             logits = logits + self.knowledge_linear(knowledge).squeeze(1)
             deep_in = torch.cat([deep_in, self.knowledge_dropout(knowledge)], dim=1)
@@ -106,10 +79,3 @@ class DeepFM(nn.Module):
 def second_order(fields_BFk: Tensor) -> Tensor:
     """Σ_{f<g} ⟨v_f, v_g⟩ in O(F·k): ½ Σ_k [(Σ_f v_fk)² − Σ_f v_fk²] (Rendle 2010, Lemma 3.1); (B, F, k) -> (B,)."""
     return 0.5 * (fields_BFk.sum(1).square() - fields_BFk.square().sum(1)).sum(1)
-
-
-def _mean(table: nn.Module, bag: Bag) -> Tensor:
-    if bag.ids.shape[1] == 1:
-        rows: Tensor = table(bag.ids[:, 0])
-        return rows * bag.weights
-    return torch.einsum("bl,blk->bk", bag.weights, table(bag.ids))
