@@ -75,6 +75,7 @@ def main() -> None:
     """Run the command line; a `KellmError` ends in one line and exit code 2."""
     for commands in (
         "doctor",
+        "evaluate",
         "fetch",
         "generate",
         "generate_spark",
@@ -85,6 +86,7 @@ def main() -> None:
         "run",
         "serve",
         "swing",
+        "train",
         "wiki",
     ):  # each registers its commands with `app`
         import_module(f"kellm_features.cli.{commands}")

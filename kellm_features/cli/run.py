@@ -63,7 +63,7 @@ def run(
 
         stdout.print(plan_table([(spec.name, why_stale(spec, settings, out)) for spec in stages_between(first, last)]))
         return
-    outcomes = run_stages(settings, out, first=first, last=last, listener=_announce)
+    outcomes = run_stages(settings, out, first=first, last=last, listener=announce)
     _close(outcomes, settings, out)
 
 
@@ -74,7 +74,7 @@ def quickstart(
 ) -> None:
     """MovieLens-100K, the sample Wikipedia and the embedded models, end to end on this machine."""
     settings = load_settings(None, overrides or ())
-    outcomes = run_stages(settings, out, listener=_announce)
+    outcomes = run_stages(settings, out, listener=announce)
     _close(outcomes, settings, out)
 
 
@@ -87,7 +87,8 @@ def report(out: OutOption = Path("runs/default"), config: ConfigOption = None, o
     stdout.print(f"report: {write_report(out, settings_from(config, overrides))}", soft_wrap=True)
 
 
-def _announce(stage: str, event: str, outcome: StageOutcome | None) -> None:
+def announce(stage: str, event: str, outcome: StageOutcome | None) -> None:
+    """Tell on stderr what a stage of a run is doing."""
     if event == "start":
         stderr.print(f"[cyan]…[/] {stage}")
         return
@@ -127,7 +128,7 @@ def run_stage(name: str, settings: Settings, out: Path, *, anew: bool = False) -
     """One stage of a run, if it is stale or wanted anew."""
     from kellm_features.cli import show
 
-    outcomes = run_stages(settings, out, first=name, last=name, anew=anew, listener=_announce)
+    outcomes = run_stages(settings, out, first=name, last=name, anew=anew, listener=announce)
     stdout.print(show.stage_table(outcomes))
     return outcomes[0]
 
@@ -156,7 +157,6 @@ def tell_what_is_left(outcomes: Sequence[StageOutcome]) -> None:
 STAGE_HELP = {
     "ingest": "Read interactions, catalogue and users; label; split.",
     "encode": "Encode descriptions and profiles with a sentence encoder.",
-    "train": "Train the adapters jointly with the backbone on CTR and SWING pairs.",
     "export": "Adapt all encodings into a new embedding version.",
 }
 for _name, _help in STAGE_HELP.items():

@@ -5,85 +5,180 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 import kellm_features
 from kellm_features.artifacts import digest
 from kellm_features.errors import DataError
 from kellm_features.schemas import INTERACTIONS, ITEM_ENCODINGS, ITEMS, USER_ENCODINGS, USERS, read_table
-from kellm_features.settings import TrainSettings
+from kellm_features.settings import Settings, TrainSettings
 from kellm_features.stages import StageContext, StageReport
-from kellm_features.training.adapter import Adapter
-from kellm_features.training.backbones import DeepFM
+from kellm_features.training.adapter import Standardized
+from kellm_features.training.backbones import build_backbone
 from kellm_features.training.checkpoint import save_adapters, save_module
 from kellm_features.training.data import FIELDS, SPLITS, CtrData, build_ctr_data
-from kellm_features.training.encodings import Encodings, read_encodings
-from kellm_features.training.knowledge import KnowledgeAugmented
+from kellm_features.training.encodings import Encodings, Ids, id_array, positions, read_encodings
+from kellm_features.training.experts import build_adapters
+from kellm_features.training.knowledge import KnowledgeAugmented, knowledge_width
+from kellm_features.training.launch import Job, run_ranks
 from kellm_features.training.neighbors import neighbor_recall
 from kellm_features.training.pairs import PositiveSampler, read_pairs
+from kellm_features.training.ranks import Ranks
+from kellm_features.training.schedule import chosen_sides
 from kellm_features.training.trainer import Trainer, score
 
 logger = logging.getLogger(__name__)
 
 RECALL_AT = 10
+Find = Callable[[str, str], Path]
+"""(stage, file) -> where an input is."""
+
+_resume_from: ContextVar[int | None] = ContextVar("resume_from", default=None)
+
+
+@contextmanager
+def resuming_from(epoch: int | None) -> Iterator[None]:
+    """Let the stage, if it runs inside, go on from this epoch's checkpoint instead of the newest."""
+    token = _resume_from.set(epoch)
+    try:
+        yield
+    finally:
+        _resume_from.reset(token)
 
 
 def run(ctx: StageContext) -> StageReport:
-    """Train, and write adapter.safetensors, backbone.safetensors, metrics.json and curves.json.
+    """Train, here or on ranks; writes adapter.safetensors, backbone.safetensors, metrics.json and curves.json.
+
+    Checkpoints stay below `ctx.work` until other settings or inputs are trained on.
 
     Raises:
         DataError: ids that the catalogue lacks, missing or unusable encodings, pairs or labels.
+        ArtifactError: the epoch of `resuming_from` is not kept, or damaged.
         TrainingDivergedError: the loss became NaN or infinite.
+        RankFailedError: a rank ended before the training did.
     """
-    settings, seed = ctx.settings.train, ctx.settings.run.seed
-    data, encodings, samplers = read_inputs(ctx)
-    encoder_id = encodings["item"].encoder_id
-    model = build_model(data, encodings, settings, seed)
-    checkpoint = ctx.work / f"{_key(ctx)}.pt"
-    ctx.work.mkdir(parents=True, exist_ok=True)
-    for other in ctx.work.glob("*.pt"):
-        if other != checkpoint:
-            other.unlink()
+    settings = ctx.settings
+    checkpoints = ctx.work / _key(ctx)
+    _drop_others(checkpoints)
+    if settings.train.ranks == 1:
+        return train(settings, ctx.input, ctx.out, checkpoints, resume_from=_resume_from.get())
+    job = Job.of(
+        settings,
+        inputs={name: artifact.path for name, artifact in ctx.inputs.items()},
+        out=ctx.out,
+        checkpoints=checkpoints,
+        resume_from=_resume_from.get(),
+    )
+    return run_ranks(job, ctx.work / "ranks", ctx.settings)
+
+
+def train(
+    settings: Settings,
+    find: Find,
+    out: Path,
+    checkpoints: Path,
+    *,
+    ranks: Ranks | None = None,
+    resume_from: int | None = None,
+) -> StageReport:
+    """What `run` does, in this process or as one rank of several, of which the first writes.
+
+    Args:
+        settings: sections run, data, history and train.
+        find: inputs of the stages ingest, swing and encode.
+        out: folder for the outputs.
+        checkpoints: folder of the finished epochs.
+        ranks: this process among those that share the training.
+        resume_from: see `Trainer.fit`.
+    """
+    seed = settings.run.seed
+    data, encodings, samplers = load_inputs(settings, find)
     vectors = {side: encoding.vectors for side, encoding in encodings.items()}
-    trainer = Trainer(model, data, vectors, samplers, settings, seed=seed, checkpoint=checkpoint)
-    history = trainer.fit()
-    metrics: dict[str, Any] = {
-        "epoch": history.best_epoch,
-        **{part: trainer.evaluate(part) for part in ("valid", "test")},
-        "item_mean": {part: _item_mean(data, part) for part in ("valid", "test")},
-        "neighbors": _neighbors(model, vectors, samplers),
-        "targets": {part: len(data.examples[part]) for part in SPLITS},
-    }
-    meta = save_adapters(ctx.out / "adapter.safetensors", model.adapters, encoder_id)
+    trainer = fit(
+        data,
+        vectors,
+        samplers,
+        settings.train,
+        seed=seed,
+        checkpoint=checkpoints,
+        ranks=ranks,
+        resume_from=resume_from,
+    )
+    report = StageReport(
+        rows_in=sum(len(examples) for examples in data.examples.values()),
+        rows_out=len(data.item_ids) + len(data.user_ids),
+    )
+    if not trainer.ranks.first:
+        return report
+    metrics = _metrics(trainer, vectors, samplers)
+    meta = save_adapters(out / "adapter.safetensors", trainer.model.adapters, encodings["item"].encoder_id)
     save_module(
-        ctx.out / "backbone.safetensors",
-        model.backbone.state_dict(),
+        out / "backbone.safetensors",
+        trainer.model.backbone.state_dict(),
         {
-            "backbone": settings.backbone,
+            "backbone": settings.train.backbone,
             "fields": FIELDS,
             "vocabularies": data.vocabularies,
             "model_id": meta.model_id,
         },
     )
-    _write_json(ctx.out / "metrics.json", metrics)
-    _write_json(ctx.out / "curves.json", asdict(history))
-    checkpoint.unlink(missing_ok=True)
+    _write_json(out / "metrics.json", metrics)
+    _write_json(out / "curves.json", asdict(trainer.history))
     logger.info(
         "epoch %d: test AUC %.4f (item mean %.4f)",
-        history.best_epoch,
+        metrics["epoch"],
         metrics["test"]["auc"],
         metrics["item_mean"]["test"]["auc"],
     )
     return StageReport(
-        rows_in=sum(len(examples) for examples in data.examples.values()),
-        rows_out=len(data.item_ids) + len(data.user_ids),
+        rows_in=report.rows_in,
+        rows_out=report.rows_out,
         models={meta.model_id: meta.model_id.rpartition("-")[2]},
         notes=_finite(metrics),
     )
+
+
+def fit(
+    data: CtrData,
+    encodings: Mapping[str, Tensor],
+    samplers: Mapping[str, PositiveSampler],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+    ranks: Ranks | None = None,
+    resume_from: int | None = None,
+) -> Trainer:
+    """Build the model that the settings describe and train it; the trainer then holds the chosen epoch's weights.
+
+    Args:
+        data: examples and features.
+        encodings: side -> (N, D) in catalogue order; none for a model without text, or one side's alone.
+        samplers: side -> positives, for the contrasted ones among these sides.
+        settings: of the model and the training.
+        seed: of everything random.
+        checkpoint: folder of the finished epochs; None keeps none.
+        ranks: this process among those that share the training.
+        resume_from: see `Trainer.fit`.
+    """
+    ranks = ranks or Ranks()
+    model = build_model(data, encodings, settings, seed, gather=ranks.world > 1)
+    trainer = Trainer(model, data, encodings, samplers, settings, seed=seed, checkpoint=checkpoint, ranks=ranks)
+    trainer.fit(resume_from)
+    return trainer
 
 
 def read_inputs(ctx: StageContext) -> tuple[CtrData, dict[str, Encodings], dict[str, PositiveSampler]]:
@@ -92,55 +187,89 @@ def read_inputs(ctx: StageContext) -> tuple[CtrData, dict[str, Encodings], dict[
     Raises:
         DataError: see `run`.
     """
-    settings = ctx.settings
+    return load_inputs(ctx.settings, ctx.input)
+
+
+def load_inputs(settings: Settings, find: Find) -> tuple[CtrData, dict[str, Encodings], dict[str, PositiveSampler]]:
+    """`read_inputs`, wherever they are.
+
+    Raises:
+        DataError: see `run`.
+    """
+    interactions = read_table(find("ingest", "interactions.parquet"), INTERACTIONS)
     data = build_ctr_data(
-        read_table(ctx.input("ingest", "interactions.parquet"), INTERACTIONS),
-        read_table(ctx.input("ingest", "items.parquet"), ITEMS),
-        read_table(ctx.input("ingest", "users.parquet"), USERS),
+        interactions,
+        read_table(find("ingest", "items.parquet"), ITEMS),
+        read_table(find("ingest", "users.parquet"), USERS),
         split=settings.data.split,
         max_history=settings.history.max_events,
         ties=settings.history.ties,
         seed=settings.run.seed,
     )
-    encodings = {
-        "user": read_encodings(ctx.input("encode", "user_encodings.parquet"), USER_ENCODINGS, data.user_ids),
-        "item": read_encodings(ctx.input("encode", "item_encodings.parquet"), ITEM_ENCODINGS, data.item_ids),
-    }
-    user, item = encodings["user"], encodings["item"]
+    user = read_encodings(find("encode", "user_encodings.parquet"), USER_ENCODINGS, data.user_ids)
+    item = read_encodings(find("encode", "item_encodings.parquet"), ITEM_ENCODINGS, data.item_ids)
     if (user.encoder_id, user.vectors.shape[1]) != (item.encoder_id, item.vectors.shape[1]):
         raise DataError(
             f"users are encoded by {user.encoder_id} ({user.vectors.shape[1]} numbers) and items by {item.encoder_id} "
             f"({item.vectors.shape[1]} numbers): one encoder is accepted; run  kellm run --from encode"
         )
-    top_k = settings.train.top_k
+    known = {"user": (data.user_ids, data.user_in_train), "item": (data.item_ids, data.item_in_train)}
     samplers = {
-        "user": read_pairs(
-            ctx.input("swing", "user_pairs.parquet"), data.user_ids, data.user_in_train, "user_id", top_k
-        ),
-        "item": read_pairs(
-            ctx.input("swing", "item_pairs.parquet"), data.item_ids, data.item_in_train, "item_id", top_k
-        ),
+        side: read_pairs(
+            find("swing", f"{side}_pairs.parquet"),
+            ids,
+            in_train,
+            f"{side}_id",
+            settings.train.top_k,
+            likes(interactions, f"{side}_id", ids) if settings.train.positives == "normalized" else None,
+        )
+        for side, (ids, in_train) in known.items()
     }
-    return data, encodings, samplers
+    return data, {"user": user, "item": item}, samplers
+
+
+def likes(interactions: pa.Table, key: str, ids: Ids) -> npt.NDArray[np.int64]:
+    """Likes in the train rows of each id of the catalogue, (N,)."""
+    liked = interactions.filter(pc.and_(interactions["liked"], pc.equal(interactions["split"], "train")))
+    counted: npt.NDArray[np.int64] = np.bincount(
+        positions(ids, id_array(liked.column(key)), key, "interactions"), minlength=len(ids)
+    )
+    return counted
 
 
 def build_model(
-    data: CtrData, encodings: dict[str, Encodings], settings: TrainSettings, seed: int
+    data: CtrData, encodings: Mapping[str, Tensor], settings: TrainSettings, seed: int, *, gather: bool = False
 ) -> KnowledgeAugmented:
-    """The model with seeded initial weights; adapters standardise by the ids that have train rows."""
+    """The model with seeded initial weights; adapters standardise by the ids that have train rows.
+
+    Args:
+        data: its tables and train rows.
+        encodings: side -> (N, D) in catalogue order, the sides that get an adapter.
+        settings: of the model.
+        seed: of the initial weights.
+        gather: for a training on ranks.
+    """
     in_train = {"user": torch.from_numpy(data.user_in_train), "item": torch.from_numpy(data.item_in_train)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapters = {}
-        for side, encoding in encodings.items():
-            adapter = Adapter(encoding.vectors.shape[1], settings.hidden, settings.dim, activation=settings.activation)
-            adapter.standardize(encoding.vectors[in_train[side]])
-            adapters[side] = adapter
-        backbone = DeepFM(
+        adapters = build_adapters(
+            settings.adapter,
+            {side: vectors.shape[1] for side, vectors in encodings.items()},
+            hidden=settings.hidden,
+            dim=settings.dim,
+            activation=settings.activation,
+            shared_experts=settings.shared_experts,
+            specific_experts=settings.specific_experts,
+        )
+        for side, adapter in adapters.items():
+            if isinstance(adapter, Standardized):
+                adapter.standardize(encodings[side][in_train[side]])
+        backbone = build_backbone(
+            settings.backbone,
             FIELDS,
             data.table_rows,
             settings.field_dim,
-            knowledge_dim=settings.dim * len(adapters),
+            knowledge_dim=knowledge_width(adapters, affinity=settings.affinity),
             dropout=settings.dropout,
         )
     return KnowledgeAugmented(
@@ -149,16 +278,40 @@ def build_model(
         weight=settings.weight,
         temperature=settings.temperature,
         reduction=settings.reduction,
+        sides=[side for side in chosen_sides(settings) if side in adapters],
+        affinity=settings.affinity,
+        gather=gather,
     )
 
 
 def _key(ctx: StageContext) -> str:
-    """Names the checkpoint: settings and inputs that shape the weights."""
+    """Names the checkpoints: settings and inputs that shape the weights."""
     parts = {name: artifact.manifest.output_hash for name, artifact in ctx.inputs.items()}
     parts["settings"] = ctx.settings.hash_of(("run", "history", "train"))
     parts["roles"] = ctx.settings.data.split
     parts["version"] = f"{kellm_features.__version__} torch {torch.__version__}"
-    return digest(parts)[:32]
+    return f"checkpoints-{digest(parts)[:32]}"
+
+
+def _drop_others(checkpoints: Path) -> None:
+    """Delete the checkpoints of other settings and inputs."""
+    for other in checkpoints.parent.glob("checkpoints-*"):
+        if other != checkpoints:
+            shutil.rmtree(other, ignore_errors=True)
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _metrics(
+    trainer: Trainer, vectors: Mapping[str, Tensor], samplers: Mapping[str, PositiveSampler]
+) -> dict[str, Any]:
+    data = trainer.data
+    return {
+        "epoch": trainer.history.best_epoch,
+        **{part: trainer.evaluate(part) for part in ("valid", "test")},
+        "item_mean": {part: _item_mean(data, part) for part in ("valid", "test")},
+        "neighbors": _neighbors(trainer.model, vectors, samplers),
+        "targets": {part: len(data.examples[part]) for part in SPLITS},
+    }
 
 
 def _item_mean(data: CtrData, part: str) -> dict[str, float]:
@@ -166,7 +319,7 @@ def _item_mean(data: CtrData, part: str) -> dict[str, float]:
 
 
 def _neighbors(
-    model: KnowledgeAugmented, encodings: dict[str, torch.Tensor], samplers: dict[str, PositiveSampler]
+    model: KnowledgeAugmented, encodings: Mapping[str, Tensor], samplers: Mapping[str, PositiveSampler]
 ) -> dict[str, dict[str, float]]:
     """In-sample recall of SWING neighbours, before and after adaptation."""
     model = model.cpu().eval()

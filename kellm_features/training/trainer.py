@@ -1,72 +1,66 @@
-"""The training loop: seeded by epoch, stopped by validation AUC, resumable at its last finished epoch."""
+"""The training loop: seeded by epoch, stopped by validation AUC, resumable at finished epochs, on one rank or more."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-import os
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kellm_features.errors import ArtifactError, KellmError
-from kellm_features.progress import track
+from kellm_features.errors import ArtifactError, first_line
+from kellm_features.progress import Advance, track
 from kellm_features.settings import TrainSettings
-from kellm_features.training.backbones import Bag
 from kellm_features.training.data import CtrData
-from kellm_features.training.knowledge import KnowledgeAugmented, Side
-from kellm_features.training.metrics import auc, gauc, log_loss
+from kellm_features.training.knowledge import JointLoss, JointStep, KnowledgeAugmented, Mode, pooled
+from kellm_features.training.loader import Batch, BatchLoader
+from kellm_features.training.meter import Meter, TrainingDivergedError
+from kellm_features.training.metrics import auc, ece, gauc, log_loss
+from kellm_features.training.monitor import Monitor, Silent, TensorBoard
+from kellm_features.training.optimizer import adapter_optimizer, joint_optimizer
 from kellm_features.training.pairs import PositiveSampler
+from kellm_features.training.ranks import Ranks
+from kellm_features.training.schedule import contrasted_sides, has_partial_steps, modes, warmup_steps
+from kellm_features.training.sides import SideBuilder, past_bags
+from kellm_features.training.state import CheckpointFolder, History, TrainingState
+
+__all__ = ["History", "Trainer", "TrainingDivergedError", "score"]
 
 logger = logging.getLogger(__name__)
 
-FIRST_ORDER_RATE = 10.0
-"""Factor on the learning rate for weights of single ids: an id is seen in few steps, and its log-odds span units, which
-a rate that suits shared layers does not reach before they overfit (MovieLens-100K: validation AUC 0.742 → 0.744, one
-seed)."""
 _CURVE_POINTS = 50  # sampled steps per epoch in the curve
 _SCORE_BATCH = 8192
-
-
-class TrainingDivergedError(KellmError):
-    """The loss is no number any more."""
-
-
-@dataclass
-class History:
-    """What a training went through."""
-
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    """One row an epoch: epoch, loss, ctr, uu, ii, valid_auc, valid_log_loss."""
-    steps: list[dict[str, float]] = field(default_factory=list)
-    """Sampled steps: step, epoch, loss, ctr, uu, ii."""
-    warm: bool = False
-    """The warm-up is done."""
-    best_epoch: int = 0
-    """The epoch whose weights were kept, from 1."""
+_POSITIVES, _DROPOUT = 3, 4  # what an epoch draws beside the loader's order and noise, each with its own generator
 
 
 class Trainer:
     """Trains a `KnowledgeAugmented` model on `CtrData`.
 
     Every random choice of an epoch comes from (seed, epoch), so a training that was killed and resumed gives the
-    weights of one that was not; on the CPU, the same bits.
+    weights of one that was not; on the CPU, the same bits. Choices that concern a batch are made for the whole of it,
+    so W ranks take the steps that one process takes, to within rounding, unless the model draws (dropout) or computes
+    over the batch (batch normalisation): that each rank does for its own part.
 
     Args:
-        model: moved to `device`.
+        model: moved to `device`; for W > 1 ranks built with `gather=True`.
         data: examples and features.
         encodings: side -> (N, D) float32 in catalogue order, for each of the model's adapters.
-        samplers: side -> positives.
-        settings: batch size, learning rate, epochs, patience, device.
+        samplers: side -> positives, for each contrasted side.
+        settings: batch size, learning rates, schedule, epochs, patience, precision, device.
         seed: of everything random here; initial weights are the caller's.
-        checkpoint: file that holds the last finished epoch; None keeps none.
+        checkpoint: folder of the finished epochs (`CheckpointFolder`), which all ranks can read; None keeps none.
+        ranks: this process among those that share the training.
+
+    Raises:
+        MissingExtraError: `settings.tensorboard` without tensorboard.
+        ValueError: a contrasted side without a sampler; ranks, and a model that contrasts on each alone.
     """
 
     def __init__(
@@ -79,246 +73,321 @@ class Trainer:
         *,
         seed: int,
         checkpoint: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = training_device(settings)
         self.model = model.to(self.device)
         self.data = data
         self.encodings = {side: encodings[side].to(self.device) for side in model.adapters}
-        self.samplers = samplers
         self.settings = settings
         self.seed = seed
-        self.checkpoint = checkpoint
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, settings))
+        self.checkpoints = None if checkpoint is None else CheckpointFolder(checkpoint, settings.keep_checkpoints)
+        self.ranks = ranks or Ranks()
         self.history = History()
+        if self.ranks.world > 1 and not model.contrast.gather:
+            raise ValueError("the model contrasts on each rank alone: build it with gather=True")
+        self.sides = SideBuilder(self.encodings, samplers, contrasted_sides(model), self.ranks)
+        self.modes = modes(settings.schedule, self.sides.contrasted)
+        self.optimizer = joint_optimizer(model, settings)
+        self._step = self._wrapped()
+        self._monitor: Monitor = Silent()
         self._best_auc = -math.inf
         self._best: dict[str, Tensor] = {}
 
-    def fit(self) -> History:
-        """Train to the end, or from where the checkpoint left off; the model then holds the chosen epoch's weights.
+    def fit(self, resume_from: int | None = None) -> History:
+        """Train to the end, or on from a checkpoint; the model then holds the chosen epoch's weights.
+
+        A damaged newest checkpoint is passed over with a warning for the one before it: the epoch is done again, to
+        the same end.
+
+        Args:
+            resume_from: the epoch to go on from; later ones are dropped. None: the newest that is kept.
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite.
-            ArtifactError: the checkpoint is unreadable.
+            ArtifactError: the epoch is not kept or its file is damaged, or is of another model.
         """
-        self._restore()
-        examples = len(self.data.examples["train"])
-        left = self.settings.epochs - len(self.history.epochs)
-        self._warm_up()
-        with track("train", left * examples, "examples") as advance:
-            while len(self.history.epochs) < self.settings.epochs and not self._out_of_patience():
-                self._epoch(len(self.history.epochs) + 1, advance)
-                self._save()
+        self._restore(resume_from)
+        per_epoch = len(self.data.examples["train"])
+        with self._watched():
+            self._warm_up()
+            with self._progress("train", self._epochs_left() * per_epoch, "examples") as advance:
+                while self._epochs_left():
+                    self._epoch(len(self.history.epochs) + 1, advance)
+                    self._save()
         self.model.load_state_dict(self._best)
         return self.history
 
     def predict(self, part: str) -> npt.NDArray[np.float64]:
-        """Probabilities of a like for the targets of one part of the split, (n,)."""
+        """Probabilities of a like for the targets of one part of the split, (n,); in float32 whatever the training."""
         examples = self.data.examples[part]
         was_training = self.model.training
         self.model.eval()
         scores = []
         with torch.inference_mode():
-            embeddings = {
-                side: adapter(self.encodings[side]).to(self.device) for side, adapter in self.model.adapters.items()
-            }
+            embeddings = {side: adapter(self.encodings[side]) for side, adapter in self.model.adapters.items()}
             for start in range(0, len(examples), _SCORE_BATCH):
                 user, item = (ids[start : start + _SCORE_BATCH] for ids in (examples.user, examples.item))
                 rows = {"user": user.to(self.device), "item": item.to(self.device)}
-                features = self._to_device(self.data.features(user, item))
-                logits = self.model.logits(features, {side: z[rows[side]] for side, z in embeddings.items()})
+                features = self.data.features(user, item)
+                vectors = {side: z[rows[side]] for side, z in embeddings.items()}
+                if self.model.affinity == "history":
+                    past = past_bags((features.places - 1).clamp_min(0), features, self.device)
+                    vectors |= pooled(past, embeddings["item"])
+                logits = self.model.logits(features.to(self.device), vectors)
                 scores.append(logits.double().sigmoid().cpu())
         self.model.train(was_training)
         probabilities: npt.NDArray[np.float64] = torch.cat(scores).numpy()
         return probabilities
 
     def evaluate(self, part: str) -> dict[str, float]:
-        """AUC, LogLoss and GAUC (by user) of one part."""
+        """AUC, LogLoss, GAUC (by user) and calibration error of one part."""
         return score(self.data, part, self.predict(part))
 
     def _warm_up(self) -> None:
         """Contrastive steps alone, each side's anchors in seeded passes: neighbours settle before clicks are fitted."""
-        steps = self.settings.warmup_steps
-        if self.history.warm or not steps or not self.model.adapters or not self.model.weight:
+        steps = warmup_steps(self.settings, self.sides.contrasted)
+        if self.history.warm or not steps:
             return
-        generator = self._generator(0)
-        streams = {
-            side: _passes(torch.nonzero(self.samplers[side].sizes > 0).squeeze(1), self.settings.batch_size, generator)
-            for side in self.model.adapters
-        }
-        optimizer = torch.optim.AdamW(
-            self.model.adapters.parameters(),
-            lr=self.settings.adapter_learning_rate,
-            weight_decay=self.settings.weight_decay,
-        )
+        generator = self._generator(0, _POSITIVES)
+        anchors = self.sides.passes(self.settings.batch_size, generator)
+        optimizer = adapter_optimizer(self.model, self.settings)
+        meter = Meter(0, self.device, self.ranks, self.settings)
         every = max(1, steps // _CURVE_POINTS)
-        with track("warm up", steps, "steps") as advance:
+        note = ""
+        self.model.train()
+        with self._progress("warm up", steps, "steps") as advance:
             for step in range(steps):
-                terms = {
-                    side: self.model.contrastive(side, self._side(side, next(stream), generator))[0]
-                    for side, stream in streams.items()
-                }
-                total = torch.stack(list(terms.values())).sum()
-                values = _named({"loss": self.model.weight * total, **terms})
-                self._require_finite(0, step, values)
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(total)
-                optimizer.step()
-                if step % every == 0:
-                    self.history.steps.append({"step": step - steps, "epoch": 0, **values})
-                advance(1, f"contrastive loss {values['loss']:.4f}")
+                meter.add(self._contrast(next(anchors), generator, optimizer), 1)
+                if step % every == 0 or step == steps - 1:
+                    values = meter.read(step)
+                    self._curve({"step": step - steps, "epoch": 0, **values})
+                    note = f"contrastive loss {values['loss']:.4f}"
+                advance(1, note)
         self.history.warm = True
         self._save()
 
-    def _epoch(self, epoch: int, advance: Any) -> None:
-        generator = self._generator(epoch)
-        examples = self.data.examples["train"]
-        order = torch.randperm(len(examples), generator=generator)
-        batches = torch.split(order, self.settings.batch_size)
-        every = max(1, len(batches) // _CURVE_POINTS)
-        sums: dict[str, float] = {}
+    def _epoch(self, epoch: int, advance: Advance) -> None:
+        loader = self._loader(epoch)
+        every = max(1, len(loader) // _CURVE_POINTS)
+        meter = Meter(epoch, self.device, self.ranks, self.settings)
+        positives = self._generator(epoch, _POSITIVES)
+        anchors = self.sides.passes(self.settings.batch_size, positives)
+        started, note = time.monotonic(), ""
         self.model.train()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout
-            for step, rows in enumerate(batches):
-                values = self._step(rows, generator)
-                self._require_finite(epoch, step, values)
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value * len(rows)
+        with self._seeded_dropout(epoch):
+            for step, batch in enumerate(loader):
+                losses = self._clicks(batch, positives)
+                if "contrastive" in self.modes:
+                    losses = _joined(losses, self._contrast(next(anchors), positives, self.optimizer))
+                meter.add(losses, len(batch.whole_user))
                 if step % every == 0:
-                    at = (epoch - 1) * len(batches) + step
-                    self.history.steps.append({"step": at, "epoch": epoch, **values})
-                advance(len(rows), f"epoch {epoch}, loss {values['loss']:.4f}")
-        valid = self.evaluate("valid")
-        means = {name: total / len(examples) for name, total in sums.items()}
-        self.history.epochs.append(
-            {"epoch": epoch, **means, "valid_auc": valid["auc"], "valid_log_loss": valid["log_loss"]}
-        )
-        logger.info("epoch %d: loss %.4f, valid AUC %.4f", epoch, means["loss"], valid["auc"])
-        if valid["auc"] > self._best_auc or self.settings.patience == 0:
-            self._best_auc = valid["auc"]
+                    values = meter.read(step)
+                    self._curve({"step": (epoch - 1) * len(loader) + step, "epoch": epoch, **values})
+                    note = f"epoch {epoch}, loss {values['loss']:.4f}"
+                advance(len(batch.whole_user), note)
+        means = meter.means(len(loader) - 1)
+        seconds = time.monotonic() - started
+        self._validate(epoch, means)
+        rates = {"learning_rate": self.settings.learning_rate, "examples_per_s": loader.rows / max(seconds, 1e-9)}
+        self._monitor.epoch(self.history.epochs[-1], epoch * len(loader) - 1, rates)
+
+    def _validate(self, epoch: int, means: dict[str, float]) -> None:
+        """Score the epoch, once for all ranks, and keep its weights if they are the best so far."""
+        valid = [math.nan, math.nan]
+        if self.ranks.first:
+            found = self.evaluate("valid")
+            valid = [found["auc"], found["log_loss"]]
+        area, loss = self.ranks.told(valid)
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"training diverged at the end of epoch {epoch}: validation LogLoss is {loss}")
+        self.history.epochs.append({"epoch": epoch, **means, "valid_auc": area, "valid_log_loss": loss})
+        logger.info("epoch %d: loss %.4f, valid AUC %.4f", epoch, means["loss"], area)
+        if area > self._best_auc or self.settings.patience == 0:
+            self._best_auc = area
             self.history.best_epoch = epoch
             self._best = copy.deepcopy(self.model.state_dict())
 
-    def _step(self, rows: Tensor, generator: torch.Generator) -> dict[str, float]:
-        examples = self.data.examples["train"]
-        user, item, label = examples.user[rows], examples.item[rows], examples.label[rows]
-        features = self._to_device(self.data.features(user, item, generator))
-        ids = {"user": user, "item": item}
-        sides = {side: self._side(side, ids[side], generator) for side in self.model.adapters}
-        loss = self.model.loss(features, sides, label.to(self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss.total)
-        self.optimizer.step()
-        return _named({"loss": loss.total, "ctr": loss.ctr, **loss.contrastive})
-
-    def _side(self, side: str, ids: Tensor, generator: torch.Generator) -> Side:
-        """Distinct ids of the batch, those with a positive first, and one drawn positive for each of them."""
-        distinct, rows = torch.unique(ids, return_inverse=True)
-        sampler = self.samplers[side]
-        lone = sampler.sizes[distinct] == 0
-        order = torch.argsort(lone.long(), stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        anchors = distinct[order][: int((~lone).sum())]
-        positives = sampler.sample(anchors, generator)
-        x = self.encodings[side]
-        return Side(
-            encodings=x[distinct[order].to(self.device)],
-            rows=place[rows].to(self.device),
-            positives=x[positives.to(self.device)],
-            anchor_ids=anchors.to(self.device),
-            positive_ids=positives.to(self.device),
+    def _loader(self, epoch: int) -> BatchLoader:
+        return BatchLoader(
+            self.data.examples["train"],
+            self.data,
+            self.settings.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            training=True,
+            workers=self.settings.workers,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
 
-    def _to_device(self, features: dict[str, Bag]) -> dict[str, Bag]:
-        if self.device.type == "cpu":
-            return features
-        return {n: Bag(bag.ids.to(self.device), bag.weights.to(self.device)) for n, bag in features.items()}
+    def _clicks(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """A step that learns from clicks, jointly or alone."""
+        mode: Mode = self.modes[0]
+        # Averaged over ranks, the means of parts become the mean of the batch at these weights, whatever their lengths.
+        share = self.ranks.world * len(batch.user) / len(batch.whole_user)
+        if not share:  # a last batch with fewer examples than ranks: this one takes part in the step, at weight 0
+            batch = self._stand_in(batch)
+        sides = self.sides.of_batch(
+            {"user": batch.user, "item": batch.item},
+            {"user": batch.whole_user, "item": batch.whole_item},
+            generator,
+            contrast=mode == "joint",
+            seen=batch.features if self.model.affinity == "history" else None,
+        )
+        features, labels = batch.features.to(self.device), batch.label.to(self.device)
+        with self._precision():
+            out: JointLoss = self._step(features, sides, labels, mode)
+        total = out.total
+        if share != 1:  # the contrastive terms are of the whole batch already
+            whole = self.model.weight * sum(out.contrastive.values(), torch.zeros_like(out.ctr))
+            total = share * (out.total - whole) + whole
+        return self._descend(self.optimizer, total, out, share)
 
-    def _out_of_patience(self) -> bool:
-        waited = len(self.history.epochs) - self.history.best_epoch
-        return 0 < self.settings.patience <= waited
+    def _stand_in(self, batch: Batch) -> Batch:
+        user, item = batch.whole_user[:1], batch.whole_item[:1]
+        features = self.data.features(user, item)
+        return batch._replace(user=user, item=item, label=torch.zeros(1), features=features)
 
-    def _generator(self, epoch: int) -> torch.Generator:
-        return torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+    def _contrast(
+        self, anchors: dict[str, Tensor], generator: torch.Generator, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """A step of the contrastive terms alone."""
+        sides = self.sides.of_anchors(anchors, generator)
+        with self._precision():
+            out: JointLoss = self._step(None, sides, None, "contrastive")
+        return self._descend(optimizer, out.total, out, 1.0)
 
-    def _require_finite(self, epoch: int, step: int, values: dict[str, float]) -> None:
-        if math.isfinite(values["loss"]):
+    def _descend(
+        self, optimizer: torch.optim.Optimizer, total: Tensor, out: JointLoss, share: float
+    ) -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(total)
+        optimizer.step()
+        short = {"user": "uu", "item": "ii"}
+        terms = {short.get(side, side): term.detach() for side, term in out.contrastive.items()}
+        return {"loss": total.detach(), "ctr": share * out.ctr.detach(), **terms}
+
+    def _wrapped(self) -> nn.Module:
+        """The model's step, compiled and averaged over ranks as the settings want it."""
+        step: nn.Module = JointStep(self.model)
+        if self.settings.compile:
+            step.compile(dynamic=True)  # the number of distinct items is another in each batch
+        if self.ranks.world == 1:
+            return step
+        return nn.parallel.DistributedDataParallel(
+            step,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            find_unused_parameters=has_partial_steps(self.settings, self.sides.contrasted),
+        )
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
+    @contextmanager
+    def _seeded_dropout(self, epoch: int) -> Iterator[None]:
+        """What the model draws by itself comes from (seed, epoch, rank), and leaves the process's own draws alone."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self._generator(epoch, _DROPOUT + self.ranks.rank).initial_seed())
+            yield
+
+    def _generator(self, epoch: int, what: int) -> torch.Generator:
+        words = np.random.SeedSequence([self.seed, epoch, what]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0] >> 1))
+
+    def _epochs_left(self) -> int:
+        """Epochs to go at most: 0 when all are done or patience has run out."""
+        done = len(self.history.epochs)
+        if 0 < self.settings.patience <= done - self.history.best_epoch:
+            return 0
+        return max(0, self.settings.epochs - done)
+
+    @contextmanager
+    def _progress(self, label: str, total: int, unit: str) -> Iterator[Advance]:
+        if not self.ranks.first:
+            yield lambda amount=1, note="": None
             return
-        parts = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
-        raise TrainingDivergedError(
-            f"training diverged at epoch {epoch}, step {step}: {parts}; lower train.learning_rate "
-            f"(now {self.settings.learning_rate:g}) or raise train.temperature (now {self.settings.temperature:g})"
-        )
+        with track(label, total, unit) as advance:
+            yield advance
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Let TensorBoard follow, where the settings name a folder."""
+        with ExitStack() as stack:
+            if self.settings.tensorboard is not None and self.ranks.first:
+                done = len(self.history.epochs)
+                batches = -(-len(self.data.examples["train"]) // self.settings.batch_size)
+                self._monitor = stack.enter_context(
+                    TensorBoard(
+                        self.settings.tensorboard,
+                        resumed_at=done * batches if done or self.history.warm else None,
+                        warmup_steps=warmup_steps(self.settings, self.sides.contrasted),
+                    )
+                )
+            yield
+        self._monitor = Silent()
+
+    def _curve(self, row: dict[str, float]) -> None:
+        self.history.steps.append(row)
+        self._monitor.step(row)
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoints is None or not self.ranks.first:
             return
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self._best,
-            "best_auc": self._best_auc,
-            "history": asdict(self.history),
-        }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as handle:
-            torch.save(state, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(self.checkpoint)
+        own = self.history.best_epoch == len(self.history.epochs)
+        best = {} if own else self._best
+        self.checkpoints.save(
+            TrainingState(self.model.state_dict(), self.optimizer.state_dict(), best, self._best_auc, self.history)
+        )
 
-    def _restore(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.exists():
+    def _restore(self, epoch: int | None) -> None:
+        if self.checkpoints is None:
+            if epoch is not None:
+                raise ArtifactError(f"epoch {epoch} cannot be resumed from: this training keeps no checkpoints")
             return
+        if epoch is None:
+            state = self.checkpoints.newest(self.device) if self.ranks.first else None
+            found = int(self.ranks.told([-1.0 if state is None else float(len(state.history.epochs))])[0])
+            if found < 0:
+                return
+            state = state or self.checkpoints.load(found, self.device)
+        else:
+            state = self.checkpoints.load(epoch, self.device)
+            if self.ranks.first:
+                self.checkpoints.drop_after(epoch)
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # torch.load raises whatever the damage leads to
-            raise ArtifactError(f"{self.checkpoint} is not a readable checkpoint ({error}): delete it") from error
-        self._best, self._best_auc = state["best"], state["best_auc"]
-        self.history = History(**state["history"])
+            self.model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ArtifactError(
+                f"{self.checkpoints.file(len(state.history.epochs))} is of another model or other settings "
+                f"({first_line(error)}): delete {self.checkpoints.path}, or choose another folder"
+            ) from error
+        self.history, self._best_auc = state.history, state.best_auc
+        if self.history.best_epoch:
+            self._best = state.best or copy.deepcopy(self.model.state_dict())
         logger.info("resuming after epoch %d of %d", len(self.history.epochs), self.settings.epochs)
 
 
-def _parameter_groups(model: KnowledgeAugmented, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Three rates: adapters, the backbone's first-order weights where it names them, and all else."""
-    adapters = list(model.adapters.parameters())
-    named = getattr(model.backbone, "first_order_parameters", None)
-    first_order = list(named()) if named else []
-    apart = {id(parameter) for parameter in (*adapters, *first_order)}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in apart]
-    rate = settings.learning_rate
-    return [
-        {"params": parameters, "lr": lr, "weight_decay": decay}
-        for parameters, lr, decay in (
-            (adapters, settings.adapter_learning_rate, settings.weight_decay),
-            (first_order, FIRST_ORDER_RATE * rate, 0.0),
-            (rest, rate, settings.weight_decay),
-        )
-        if parameters
-    ]
+def training_device(settings: TrainSettings) -> torch.device:
+    """Where a training runs: the device named, else the GPU that is current, else the CPU."""
+    if settings.device is not None:
+        return torch.device(settings.device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def score(data: CtrData, part: str, probabilities: npt.NDArray[np.float64]) -> dict[str, float]:
-    """AUC, LogLoss and GAUC of given predictions for the targets of one part."""
+    """AUC, LogLoss, GAUC (by user) and calibration error of given predictions for the targets of one part."""
     examples = data.examples[part]
     labels = examples.label.numpy() > 0
     return {
         "auc": auc(labels, probabilities),
         "log_loss": log_loss(labels, probabilities),
         "gauc": gauc(labels, probabilities, examples.user.numpy()),
+        "ece": ece(labels, probabilities),
     }
 
 
-def _named(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers under the names of the curve."""
-    short = {"user": "uu", "item": "ii"}
-    return {short.get(name, name): float(value.detach()) for name, value in values.items()}
-
-
-def _passes(ids: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of `ids` without end, shuffled anew in each pass."""
-    while len(ids):
-        yield from torch.split(ids[torch.randperm(len(ids), generator=generator)], size)
+def _joined(clicks: Mapping[str, Tensor], contrast: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two steps of one batch as one: losses add up, and the cross entropy is of the first."""
+    return {**contrast, **clicks, "loss": clicks["loss"] + contrast["loss"]}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +52,7 @@ def test_it_learns(context: Contexts) -> None:
     best = max(curves["epochs"], key=lambda row: row["valid_auc"])
     assert (best["epoch"], best["valid_auc"]) == (metrics["epoch"], metrics["valid"]["auc"])
     assert {"step", "epoch", "loss", "ctr", "uu", "ii"} == set(curves["steps"][-1])
-    assert not list(ctx.work.glob("*.pt"))
+    assert set(metrics["test"]) == {"auc", "log_loss", "gauc", "ece"}
 
 
 def test_same_seed_same_bytes(context: Contexts) -> None:
@@ -63,6 +65,11 @@ def test_same_seed_same_bytes(context: Contexts) -> None:
     assert outputs(other)["adapter.safetensors"] != once["adapter.safetensors"]
 
 
+def kept(ctx: StageContext) -> dict[str, int]:
+    """Checkpoint -> when it was written."""
+    return {file.name: file.stat().st_mtime_ns for file in ctx.work.glob("checkpoints-*/*")}
+
+
 @pytest.mark.parametrize("survives", [0, 2])
 def test_killed_and_resumed_equals_uninterrupted(
     context: Contexts, monkeypatch: pytest.MonkeyPatch, survives: int
@@ -70,45 +77,61 @@ def test_killed_and_resumed_equals_uninterrupted(
     ctx = context("train", epochs=4, patience=0)
     stage.run(ctx)
     wanted = outputs(ctx)
+    shutil.rmtree(ctx.work)
     for name in OUTPUTS:
         (ctx.out / name).unlink()
 
-    real_step, real_save = Trainer._step, Trainer._save
-    state = {"saves": 0, "steps": 0}
+    real_step, steps = Trainer._clicks, 0
 
-    def save(self: Trainer) -> None:
-        real_save(self)
-        state["saves"] += 1  # the first save follows the warm-up
-
-    def step(self: Trainer, rows: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
-        state["steps"] += 1
-        if state["saves"] == 1 + survives and state["steps"] % 3 == 0:
+    def step(self: Trainer, *args: Any) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 6 * survives + 3:  # 6 batches an epoch
             raise KeyboardInterrupt
-        return real_step(self, rows, generator)
+        return real_step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", save)
-        patch.setattr(Trainer, "_step", step)
+        patch.setattr(Trainer, "_clicks", step)
         with pytest.raises(KeyboardInterrupt):
             stage.run(ctx)
-    assert len(list(ctx.work.glob("*.pt"))) == 1
-    epochs: list[int] = []
-    real_epoch = Trainer._epoch
-    monkeypatch.setattr(Trainer, "_epoch", lambda self, n, advance: (epochs.append(n), real_epoch(self, n, advance)))
+    before = kept(ctx)
+    assert sorted(before) == [f"epoch-000{epoch}.pt" for epoch in range(survives + 1)]
     stage.run(ctx)
-    assert epochs == list(range(survives + 1, 5))
     assert outputs(ctx) == wanted
+    assert before.items() < kept(ctx).items()  # those were not trained again
 
 
-def test_another_config_does_not_take_up_a_checkpoint(context: Contexts) -> None:
-    ctx = context("train")
-    ctx.work.mkdir(parents=True)
-    (ctx.work / "other.pt").write_bytes(b"of another run")
+def test_checkpoints_stay_until_other_settings_are_trained_on(context: Contexts) -> None:
+    ctx = context("train", epochs=2)
     stage.run(ctx)
-    assert not (ctx.work / "other.pt").exists()
-    (ctx.work / f"{stage._key(ctx)}.pt").write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match="not a readable checkpoint"):
+    before, wanted = kept(ctx), outputs(ctx)
+    assert set(before) == {"epoch-0000.pt", "epoch-0001.pt", "epoch-0002.pt"}
+    with stage.resuming_from(1):
         stage.run(ctx)
+    assert outputs(ctx) == wanted
+    after = kept(ctx)
+    assert [name for name in before if after[name] != before[name]] == ["epoch-0002.pt"]
+    with stage.resuming_from(9), pytest.raises(ArtifactError, match="epoch 9 has no checkpoint"):
+        stage.run(ctx)
+    other = context("train", epochs=2, dim=4)
+    stage.run(other)
+    folders = list(other.work.glob("checkpoints-*"))
+    assert [folder.name for folder in folders] == [stage._key(other)]
+    assert not set(kept(other).values()) & set(after.values())
+
+
+def test_normalized_positives_prefer_what_few_like(context: Contexts) -> None:
+    interactions = pq.read_table(context("train").input("ingest", "interactions.parquet"))
+    table = interactions.to_pandas()
+    train = table[(table["split"] == "train") & table["liked"]]
+    data, _, raw = stage.read_inputs(context("train", top_k=1))
+    counts = stage.likes(
+        pq.read_table(context("train").input("ingest", "interactions.parquet")), "item_id", data.item_ids
+    )
+    assert counts.tolist() == [int((train["item_id"] == item).sum()) for item in data.item_ids]
+    _, _, tamed = stage.read_inputs(context("train", top_k=1, positives="normalized"))
+    likes = {name: counts[one["item"].candidates[:59, 0]].mean() for name, one in (("raw", raw), ("tamed", tamed))}
+    assert likes["tamed"] < likes["raw"]
 
 
 def test_valid_and_test_labels_never_reach_the_weights(world: Path, context: Contexts) -> None:
@@ -130,37 +153,13 @@ def test_valid_and_test_labels_never_reach_the_weights(world: Path, context: Con
         assert all(torch.equal(now[key], tensor) for key, tensor in tensors.items())
 
 
-def test_examples_and_features_by_hand(context: Contexts) -> None:
-    data, _, _ = stage.read_inputs(context("train"))
-    table = pq.read_table(context("train").input("ingest", "interactions.parquet")).to_pandas()
-    mine = table[table["user_id"] == 57].sort_values("event_timestamp")  # the first valid user: index 56
-    past, future = mine[:12], mine[12:]  # (24 + 1) // 2 events are history
-    valid = data.examples["valid"]
-    own = valid.user == 56
-    assert sorted((valid.item[own] + 1).tolist()) == sorted(future["item_id"])
-    likes = dict(zip(future["item_id"], future["liked"], strict=True))
-    assert all(likes[i + 1] == bool(y) for i, y in zip(valid.item[own].tolist(), valid.label[own], strict=True))
-
-    features = data.features(torch.tensor([56, 56]), torch.tensor([4, 59]))
-    assert features["item"].ids.tolist() == [[5], [0]]  # item 60 has no train rows: unknown
-    assert set(features) == set(stage.FIELDS)
-    for field, liked in (("history_liked", True), ("history_disliked", False)):
-        weights = np.zeros(61)
-        np.add.at(weights, features[field].ids[0].numpy(), features[field].weights[0].numpy())
-        wanted = past["item_id"][past["liked"] == liked].to_numpy()
-        np.testing.assert_allclose(weights[wanted], 1 / len(wanted), rtol=1e-6)
-        assert weights.sum() == pytest.approx(1)
-    assert features["history_flags"].weights[0, 0].item() == pytest.approx(past["liked"].mean())
-    assert features["age"].ids.tolist() == [[0], [0]]  # null everywhere: unknown
-
-
 def test_exported_embeddings_are_the_trained_modules_outputs(
     context: Contexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ctx = context("train")
-    kept: list[Trainer] = []
-    real_fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self: (kept.append(self), real_fit(self))[1])
+    trainers: list[Trainer] = []
+    real_fit = stage.fit
+    monkeypatch.setattr(stage, "fit", lambda *args, **more: (trainers.append(real_fit(*args, **more)), trainers[0])[1])
     stage.run(ctx)
     out = context("export")
     report = export.run(out)
@@ -170,7 +169,7 @@ def test_exported_embeddings_are_the_trained_modules_outputs(
         assert table.schema.field("embedding").type == pa.list_(pa.float32())
         vectors = np.array(table.column("embedding").to_pylist(), dtype=np.float32)
         with torch.inference_mode():
-            trained = kept[0].model.adapters[side](kept[0].encodings[side]).numpy()
+            trained = trainers[0].model.adapters[side](trainers[0].encodings[side]).numpy()
         np.testing.assert_array_equal(vectors, trained)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
         assert table.column("embedding_version").unique().to_pylist() == [report.notes["embedding_version"]]
@@ -262,9 +261,9 @@ def test_bad_input_is_named_and_nothing_is_written(
 def test_a_loss_that_is_no_number_is_named(context: Contexts) -> None:
     data, encodings, samplers = stage.read_inputs(context("train"))
     settings = context("train").settings.train
-    model = stage.build_model(data, encodings, settings, 7)
+    vectors = {side: encoding.vectors for side, encoding in encodings.items()}
+    model = stage.build_model(data, vectors, settings, 7)
     with torch.no_grad():
         model.adapters["item"].hidden.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
-    vectors = {side: encoding.vectors for side, encoding in encodings.items()}
-    with pytest.raises(TrainingDivergedError, match=r"diverged at epoch 0, step 0: loss=nan.*ii=nan; lower"):
+    with pytest.raises(TrainingDivergedError, match=r"diverged at epoch 0, step 0 or shortly before: loss=nan.*ii=nan"):
         Trainer(model, data, vectors, samplers, settings, seed=7).fit()

@@ -1,0 +1,171 @@
+"""Checkpoints: one file for each finished epoch, whole or absent, and checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kellm_features.errors import ArtifactError, first_line
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"epoch-(\d{4,})\.pt")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass
+class History:
+    """What a training went through."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    """One row an epoch: epoch, loss, ctr, uu, ii, valid_auc, valid_log_loss; a term that is not trained has no key."""
+    steps: list[dict[str, float]] = field(default_factory=list)
+    """Sampled steps: step, epoch, loss, ctr, uu, ii."""
+    warm: bool = False
+    """The warm-up is done."""
+    best_epoch: int = 0
+    """The epoch whose weights were kept, from 1."""
+
+
+@dataclass
+class TrainingState:
+    """All that the next epoch depends on, besides settings and inputs."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    best: dict[str, Tensor]
+    """Weights of the best epoch so far; empty where that is this one, or none was scored yet."""
+    best_auc: float
+    history: History
+
+
+class CheckpointFolder:
+    """A folder of `epoch-0003.pt`; epoch 0 is the state after the warm-up.
+
+    A file is written under another name, flushed to the disk and renamed: a kill at any moment leaves whole files
+    alone. It ends in the SHA-256 of what stands before, since `torch.load` does not notice a flipped bit in a tensor;
+    `torch.load` reads the file all the same.
+
+    Args:
+        path: made where it is missing.
+        keep: newest epochs to keep, and the best one beside them; None keeps all.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None) -> None:
+        self.path = path
+        self.keep = keep
+
+    def file(self, epoch: int) -> Path:
+        """Where an epoch is, or would be."""
+        return self.path / f"epoch-{epoch:04d}.pt"
+
+    def epochs(self) -> list[int]:
+        """Epochs that are kept, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = (_NAME.fullmatch(file.name) for file in self.path.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, state: TrainingState) -> None:
+        """Write the file of the state's last epoch, then drop those that are not to be kept.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        epoch = len(state.history.epochs)
+        buffer = io.BytesIO()
+        torch.save({**vars(state), "history": asdict(state.history)}, buffer)
+        target = self.file(epoch)
+        temporary = target.with_suffix(".tmp")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                handle.write(buffer.getbuffer())
+                handle.write(hashlib.sha256(buffer.getbuffer()).digest())
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(target)
+            self._sync()
+        except OSError as error:
+            raise ArtifactError(
+                f"{target} cannot be written ({error.strerror}): free space or choose another --out, and train again; "
+                "earlier epochs are kept"
+            ) from error
+        if self.keep is not None:
+            for old in self.epochs()[: -self.keep]:
+                if old != state.history.best_epoch:
+                    self.file(old).unlink(missing_ok=True)
+
+    def load(self, epoch: int, device: torch.device) -> TrainingState:
+        """The state after an epoch.
+
+        Raises:
+            ArtifactError: the epoch is not kept, or its file is damaged.
+        """
+        path = self.file(epoch)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            kept = ", ".join(map(str, self.epochs())) or "none"
+            raise ArtifactError(
+                f"epoch {epoch} has no checkpoint in {self.path} (kept: {kept}): name one of these, raise "
+                "train.keep_checkpoints for the next training, or train from the start"
+            ) from error
+        except OSError as error:
+            raise self._damaged(path, error.strerror or "it cannot be read") from error
+        payload = memoryview(content)[:-_DIGEST_BYTES]
+        if hashlib.sha256(payload).digest() != content[-_DIGEST_BYTES:]:
+            raise self._damaged(path, f"{len(content):,} bytes, not those that were written")
+        try:
+            raw = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+            return TrainingState(**{**raw, "history": History(**raw["history"])})
+        except Exception as error:  # torch.load raises whatever the content leads to
+            raise self._damaged(path, first_line(error)) from error
+
+    def newest(self, device: torch.device) -> TrainingState | None:
+        """The last state that can be read; a damaged one is passed over with a warning, as its epoch can be redone."""
+        for epoch in reversed(self.epochs()):
+            try:
+                return self.load(epoch, device)
+            except ArtifactError as error:
+                logger.warning("%s; going on from the checkpoint before it", error)
+        return None
+
+    def drop_after(self, epoch: int) -> None:
+        """Delete the checkpoints of later epochs."""
+        self._drop(lambda kept: kept > epoch)
+
+    def clear(self) -> None:
+        """Delete all checkpoints, and the folder where nothing else is in it."""
+        self._drop(lambda kept: True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _drop(self, unwanted: Callable[[int], bool]) -> None:
+        for epoch in self.epochs():
+            if unwanted(epoch):
+                self.file(epoch).unlink(missing_ok=True)
+        if self.path.is_dir():
+            for leftover in self.path.glob("epoch-*.tmp"):  # of a training that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        """A rename is on the disk when its folder is."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _damaged(self, path: Path, why: str) -> ArtifactError:
+        return ArtifactError(f"{path} is not a readable checkpoint ({why}): delete it")

@@ -1,0 +1,58 @@
+"""One rank of test_ranks.py: `torchrun rank_cases.py WORLD OUT` trains each case, and the first rank writes to OUT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kellm_features.settings import Settings
+from kellm_features.training import stage
+from kellm_features.training.ranks import Ranks
+
+# Dropout is each rank's own. 56 users' 672 targets: 5 batches of 129 and one of 27, odd numbers all.
+SMALL: dict[str, Any] = {
+    "hidden": 16,
+    "dim": 8,
+    "field_dim": 4,
+    "top_k": 5,
+    "epochs": 2,
+    "patience": 0,
+    "dropout": 0.0,
+    "batch_size": 129,
+    "device": "cpu",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "joint, sum": {"schedule": "joint"},
+    "pretrain, mean": {"schedule": "pretrain", "warmup_steps": 5, "reduction": "mean", "weight": 0.3},
+    "alternating, experts": {"schedule": "alternating", "weight": 0.1, "adapter": "experts"},
+    "no contrast, affinity": {"sides": "none", "affinity": "history"},
+    # 672 = 61 · 11 + 1: one rank has no example of the last batch; workers prepare the others.
+    "lone example": {"schedule": "joint", "batch_size": 61, "sides": "item", "workers": 1},
+}
+
+
+def train(world: Path, case: str, ranks: Ranks) -> dict[str, Any]:
+    """Weights and history of one case."""
+    settings = Settings.model_validate({"run": {"seed": 7}, "train": SMALL | CASES[case]})
+    data, encodings, samplers = stage.load_inputs(settings, lambda name, file: world / name / file)
+    vectors = {side: encoding.vectors for side, encoding in encodings.items()}
+    trainer = stage.fit(data, vectors, samplers, settings.train, seed=7, ranks=ranks)
+    return {"weights": trainer.model.state_dict(), "history": vars(trainer.history)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = Ranks.joined(torch.device("cpu"))
+    found = {case: train(Path(sys.argv[1]), case, ranks) for case in CASES}
+    if ranks.first:
+        torch.save(found, sys.argv[2])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
