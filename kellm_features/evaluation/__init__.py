@@ -1,0 +1,1 @@
+"""Evaluation: protocol, arms, statistics and tables; what knowledge is worth, with intervals."""
