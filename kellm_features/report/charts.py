@@ -102,6 +102,7 @@ def line_chart(
     x_label: str,
     points: bool = False,
     mark: tuple[float, str] | None = None,
+    y_range: tuple[float, float] | None = None,
 ) -> LineChart | None:
     """Lay out one chart; values that are not finite are left out, and None is returned where none is left.
 
@@ -111,6 +112,7 @@ def line_chart(
         x_label: what the x axis shows.
         points: show each point, and its value on hover.
         mark: (x, word) of a vertical line.
+        y_range: what the y axis covers, where several charts share it; by default what the values need.
     """
     finite = {
         name: [(float(x), float(y)) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
@@ -120,7 +122,7 @@ def line_chart(
     if not everything:
         return None
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
-    y_values = nice_ticks(min(ys), max(ys))
+    y_values = nice_ticks(*(y_range or (min(ys), max(ys))))
     x_values = [v for v in nice_ticks(min(xs), max(xs), 6) if min(xs) <= v <= max(xs) and v == round(v)]
     frame = LineChart(title, x_label, (), (), ())
     x_span = (max(xs) - min(xs)) or 1.0
