@@ -1,0 +1,253 @@
+"""The study of cold items' neighbours: baselines, text variants, controls, and what click training left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, paired
+from kellm_features.evaluation.cold import (
+    ColdRetrieval,
+    ColdSplit,
+    Retrieved,
+    cold_retrieval,
+    cosine,
+    judge,
+    knn_transfer,
+    ridge_transfer,
+    same_for_all,
+    tune,
+    with_degree,
+)
+from kellm_features.evaluation.cold_training import item_facts, noise, random_pairs, shuffled_rows, train_retrieval
+from kellm_features.evaluation.experiment import Outcome
+from kellm_features.evaluation.results import COLD, ResultRow, Suite
+from kellm_features.evaluation.texts import CLOSED_BOOK, DIGEST, PAGE, TITLE, VARIANTS
+from kellm_features.evaluation.world import FoldFiles, World
+from kellm_features.progress import track
+from kellm_features.schemas import INTERACTIONS, ITEMS, read_table
+
+Vectors = npt.NDArray[np.float32]
+Scorer = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
+
+METRIC_NAMES = {
+    ("recall", "raw"): "recall@20",
+    ("ndcg", "raw"): "ndcg@20",
+    ("recall", "normalized"): "recall@20 normalized",
+    ("ndcg", "normalized"): "ndcg@20 normalized",
+}
+FACTS = "facts"
+POPULARITY = "popularity"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scorer, judged on the test items of every fold."""
+
+    key: str
+    label: str
+    found: list[Retrieved]
+
+
+def retrieval_texts(world: World) -> list[str]:
+    """The text variants that retrieval is told for, and their combinations: vectors side by side."""
+    single = [name for name in VARIANTS if name in world.item_vectors]
+    closed = [CLOSED_BOOK] if CLOSED_BOOK in single else []
+    return [*single, f"{TITLE}+{FACTS}", "+".join([TITLE, DIGEST, PAGE, *closed, FACTS])]
+
+
+def score_retrieval(world: World) -> list[ResultRow]:
+    """Rows of the suite `retrieval`: every scorer on the test-cold items of every cold fold, set against popularity.
+
+    What has a weight of popularity has it chosen on validation-cold items. Everything that is trained sees the
+    encodings and the SWING rows of warm items alone.
+    """
+    folds = [files for files in world.folds.values() if files.family == COLD]
+    tasks = [task_of(world, files) for files in folds]
+    scored: dict[str, Scored] = {}
+
+    def add(key: str, label: str, place: int, scorer: Scorer) -> None:
+        judged = judge(tasks[place], tasks[place].split.test, scorer(tasks[place].split.test))
+        scored.setdefault(key, Scored(key, label, [])).found.append(judged)
+
+    texts = retrieval_texts(world)
+    with track("retrieval", len(tasks) * (len(texts) + 3), "trainings") as advance:
+        for place, task in enumerate(tasks):
+            add(POPULARITY, "popularity", place, _constant(task.degree))
+            add("in-degree", "hubs, by in-degree", place, _constant(task.in_degree))
+            for text in texts:
+                x = _encodings(world, text)
+                label = _label(text)
+                add(f"{text} knn", f"{label}, kNN transfer, untrained", place, _knn(task, x))
+                add(f"{text} raw", f"{label}, cosine of the encodings", place, _cosine(x))
+                z = _adapted(task, x, seed=place)
+                add(f"{text} cosine", f"{label}, adapted, cosine", place, _cosine(z))
+                add(text, f"{label}, adapted + λ·log in-degree", place, _with_hubs(task, _cosine(z)))
+                add(f"{text} ridge", f"{label}, adapted, ridge transfer", place, _ridge(task, z))
+                advance(1, label)
+            x = _encodings(world, texts[-1])
+            for key, label, inputs, targets in (
+                ("random pairs", "control: random pairs", x, random_pairs(task, seed=place)),
+                ("shuffled rows", "control: rows shuffled", shuffled_rows(x, seed=place).astype(np.float32), None),
+                ("noise rows", "control: noise vectors", noise(x, seed=place), None),
+            ):
+                z = _adapted(task, inputs, seed=place, targets=targets)
+                add(f"{key} cosine", f"{label}, cosine", place, _cosine(z))
+                add(key, f"{label}, + λ·log in-degree", place, _with_hubs(task, _cosine(z)))
+                advance(1, label)
+    references = {key: POPULARITY for key in scored if key != POPULARITY}
+    return _rows(world, tasks, list(scored.values()), "retrieval", "", references)
+
+
+def score_forms(world: World, backbone: str, outcomes: Mapping[str, tuple[str, Sequence[Outcome]]]) -> list[ResultRow]:
+    """Rows of the suite `contrastive`: what the item embeddings of each form retrieve, against the form without.
+
+    Args:
+        world: the evaluation.
+        backbone: that was trained with them.
+        outcomes: key of a form -> its label, and its trainings on all cold folds from the first seed; the first form
+            is the reference of the others.
+    """
+    folds = {files.name: files for files in world.folds.values() if files.family == COLD}
+    tasks = {name: task_of(world, files) for name, files in folds.items()}
+    scored = []
+    for key, (label, trainings) in outcomes.items():
+        found = []
+        for outcome in trainings:
+            task = tasks[outcome.cell.fold]
+            scorer = _with_hubs(task, _cosine(outcome.item_embeddings()))
+            found.append(judge(task, task.split.test, scorer(task.split.test)))
+        scored.append(Scored(key, label, found))
+    first = scored[0].key
+    used = [tasks[outcome.cell.fold] for outcome in next(iter(outcomes.values()))[1]]
+    return _rows(world, used, scored, "contrastive", backbone, {one.key: first for one in scored[1:]})
+
+
+def task_of(world: World, files: FoldFiles) -> ColdRetrieval:
+    """The retrieval task of a cold fold: its cold items, and the likes of all users.
+
+    The truth is of all likes; what trains sees those of warm items.
+    """
+    run = world.run_dir / "ingest"
+    ids = read_table(world.items(), ITEMS)["item_id"].to_numpy()
+    table = read_table(run / "interactions.parquet", INTERACTIONS).select(["user_id", "item_id", "liked"]).to_pandas()
+    likes = table[table["liked"]]
+    told = json.loads((files.folder / "fold.json").read_text(encoding="utf-8"))
+    valid, test = (np.flatnonzero(np.isin(ids, np.asarray(told[name]))) for name in ("cold_valid", "cold_test"))
+    user = np.unique(likes["user_id"], return_inverse=True)[1]
+    return cold_retrieval(user, np.searchsorted(ids, likes["item_id"].to_numpy()), ColdSplit(valid, test, len(ids)))
+
+
+def _encodings(world: World, text: str) -> Vectors:
+    parts: list[npt.NDArray[Any]] = []
+    for name in text.split("+"):
+        if name == FACTS:
+            items = read_table(world.items(), ITEMS)
+            parts.append(item_facts(items["year"].to_pylist(), [row or [] for row in items["genres"].to_pylist()]))
+        else:
+            parts.append(np.load(world.root / "vectors" / world.item_vectors[name]))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _adapted(task: ColdRetrieval, x: Vectors, *, seed: int, targets: npt.NDArray[np.float32] | None = None) -> Vectors:
+    adapter = train_retrieval(task, x, seed=seed, targets=targets)
+    with torch.inference_mode():
+        z: Vectors = adapter(torch.from_numpy(x)).numpy()
+    return z
+
+
+def _constant(values: npt.NDArray[np.generic]) -> Scorer:
+    return lambda items: same_for_all(items, values)
+
+
+def _cosine(vectors: Vectors) -> Scorer:
+    return lambda items: cosine(vectors, items)
+
+
+def _knn(task: ColdRetrieval, vectors: Vectors) -> Scorer:
+    return lambda items: knn_transfer(task, vectors, items)
+
+
+def _ridge(task: ColdRetrieval, vectors: Vectors) -> Scorer:
+    return lambda items: ridge_transfer(task, vectors, items)
+
+
+def _with_hubs(task: ColdRetrieval, scorer: Scorer) -> Scorer:
+    weight = tune(task, scorer, task.log_in_degree).weight
+    return lambda items: with_degree(scorer(items), task.log_in_degree, weight)
+
+
+def _label(text: str) -> str:
+    names = VARIANTS | {FACTS: "year and genres as numbers"}
+    return " | ".join(names[name] if "+" not in text else name for name in text.split("+"))
+
+
+def _rows(
+    world: World,
+    tasks: Sequence[ColdRetrieval],
+    scored: Sequence[Scored],
+    suite: Suite,
+    backbone: str,
+    references: Mapping[str, str],
+) -> list[ResultRow]:
+    items = np.concatenate([task.split.test for task in tasks])
+    group = np.repeat(np.arange(len(tasks)), [len(task.split.test) for task in tasks])
+    draws = ClusterBootstrap(items, world.settings.evaluate.samples, world.settings.run.seed, group)
+    rows = []
+    for (kind, truth), metric in METRIC_NAMES.items():
+        estimates: dict[str, Estimate] = {}
+        for one in scored:
+            values = np.concatenate([getattr(judged, kind)[truth] for judged in one.found])
+            judged_items = ~np.isnan(values)
+            estimates[one.key] = draws.mean(np.nan_to_num(values), judged_items)
+        for one in scored:
+            rows.append(_row(estimates, one, metric, references.get(one.key, ""), suite, backbone, len(tasks), items))
+    return rows
+
+
+def _row(
+    estimates: Mapping[str, Estimate],
+    one: Scored,
+    metric: str,
+    reference: str,
+    suite: Suite,
+    backbone: str,
+    folds: int,
+    items: npt.NDArray[np.int64],
+) -> ResultRow:
+    estimate = estimates[one.key]
+    low, high = estimate.interval()
+    told: dict[str, Any] = {"value": estimate.value, "low": low, "high": high}
+    if reference:
+        difference = paired(estimate, estimates[reference])
+        told |= {"delta": difference.delta, "delta_low": difference.low, "delta_high": difference.high}
+        told |= {"p": difference.p}
+    return ResultRow.model_validate(
+        {
+            "suite": suite,
+            "split": COLD,
+            "backbone": backbone,
+            "arm": one.key,
+            "label": one.label,
+            "metric": metric,
+            "slice": COLD,
+            "reference": reference,
+            "examples": len(items),
+            "clusters": len(np.unique(items)),
+            "cluster": "item",
+            "folds": folds,
+            "seeds": 1,
+            **{name: None if np.isnan(value) else float(value) for name, value in told.items()},
+        }
+    )
+
+
+def of_first_seed(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """One training per fold: what retrieval is told of."""
+    return [outcome for outcome in outcomes if outcome.cell.seed == 0]
