@@ -1,0 +1,111 @@
+"""What an evaluation leaves behind: results.csv, tables, the page and its pictures."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from kellm_features import __version__
+from kellm_features.errors import DataError
+from kellm_features.evaluation.about import ArmFacts, EvaluationFacts, History, Planned
+from kellm_features.evaluation.experiment import LEARNING_RATES, Outcome
+from kellm_features.evaluation.grid import rich_table
+from kellm_features.evaluation.page import PAGE, write_page
+from kellm_features.evaluation.pictures import write_pictures
+from kellm_features.evaluation.results import ResultRow, read_results, write_results
+from kellm_features.evaluation.suite import Study
+from kellm_features.evaluation.tables import all_tables, write_tables
+from kellm_features.evaluation.world import World
+from kellm_features.schemas import INTERACTIONS, read_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RESULTS = "results.csv"
+
+
+def publish(
+    world: World, planned: Sequence[Study], rows: Iterable[ResultRow], outcomes: Sequence[Outcome]
+) -> list[Table]:
+    """Write everything under the evaluation's folder; rows of suites that were not run this time stay.
+
+    Returns:
+        The tables, for a terminal.
+    """
+    new = list(rows)
+    path = world.root / RESULTS
+    told = {row.suite for row in new}
+    kept = [row for row in read_results(path) if row.suite not in told] if path.exists() else []
+    everything = [*kept, *new]
+    write_results(everything, path)
+    write_tables(everything, world.root / "tables")
+    write_page(everything, world.root / PAGE, _facts(world, planned, outcomes), _histories(planned, outcomes))
+    with suppress(DataError):  # neither ladder nor retrieval was run
+        write_pictures(everything, world.root / "pictures")
+    return [rich_table(grid) for grid in all_tables(everything)]
+
+
+def _facts(world: World, planned: Sequence[Study], outcomes: Sequence[Outcome]) -> EvaluationFacts:
+    settings = world.settings
+    evaluate = settings.evaluate
+    table = read_table(world.run_dir / "ingest" / "interactions.parquet", INTERACTIONS)
+    items, users = (len(table.column(name).unique()) for name in ("item_id", "user_id"))
+    rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES[: evaluate.trials])
+    arms = {arm.key: ArmFacts(key=arm.key, label=arm.label) for study in planned for arm in study.arms}
+    return EvaluationFacts(
+        name="What knowledge is worth",
+        data=f"{settings.data.format}: {table.num_rows:,} interactions of {users:,} users with {items:,} items",
+        arms=tuple(arms.values()),
+        folds=evaluate.folds,
+        seeds=evaluate.seeds,
+        budget=(
+            f"each arm: learning rates {rates} on the first fold's validation part, {evaluate.epochs} epochs at most, "
+            f"stopped after {evaluate.patience} without a better validation AUC"
+        ),
+        version=f"kellm-features {__version__}, torch {torch.__version__}",
+        machine=f"{platform.machine()}, {psutil.cpu_count()} cores",
+        split_hashes={name: files.split_hash for name, files in world.folds.items()},
+        finished=datetime.now(UTC).replace(microsecond=0),
+        seconds=sum(outcome.facts["seconds"] for outcome in outcomes),
+        trainings=len(outcomes),
+        planned=tuple(
+            Planned(
+                suite=study.suite,
+                split=study.split,
+                backbone="" if arm.baseline else backbone,
+                arm=arm.key,
+                folds=len(study.folds),
+            )
+            for study in planned
+            for backbone in study.backbones
+            for arm in study.arms
+        ),
+    )
+
+
+def _histories(planned: Sequence[Study], outcomes: Sequence[Outcome]) -> list[History]:
+    found = []
+    for study in planned:
+        labels = {arm.key: arm.label for arm in study.arms}
+        for outcome in outcomes:
+            cell = outcome.cell
+            if cell.arm in study.arms and cell.fold in study.folds and cell.backbone in study.backbones:
+                found.append(
+                    History(
+                        suite=study.suite,
+                        split=study.split,
+                        backbone=cell.backbone,
+                        arm=cell.arm.key,
+                        label=f"{labels[cell.arm.key]}, rate {cell.learning_rate:g}",
+                        fold=cell.fold,
+                        seed=cell.seed,
+                        epochs=outcome.facts["history"],
+                    )
+                )
+    return found
