@@ -42,6 +42,7 @@ EXTRA_OF_MODULE = {
     "pandas": "feast",
     "torch": "train",
     "safetensors": "train",
+    "tensorboard": "tensorboard",
     "sklearn": "report",
     "transformers": "llm",
     "gguf": "llm",

@@ -393,12 +393,13 @@ class EvaluateSettings(Section):
     )
     seeds: Annotated[int, Field(ge=1, le=20, description="initial weights per fold")] = 1
     trials: Annotated[
-        int, Field(ge=1, le=4, description="learning rates that each arm may try on the first fold's validation part")
+        int, Field(ge=1, le=4, description="learning rates that each arm may try on the last fold's validation part")
     ] = 2
     epochs: PositiveInt = 4
     patience: Annotated[int, Field(ge=1, description="epochs without a better validation AUC before stopping")] = 1
-    batch_size: PositiveInt = 2048
-    samples: Annotated[int, Field(ge=100, le=100_000, description="of the bootstrap")] = 1000
+    batch_size: PositiveInt = 4096
+    hidden: Annotated[int, Field(gt=0, description="width of the adapters, for vectors side by side")] = 64
+    samples: Annotated[int, Field(ge=100, le=100_000, description="of the bootstrap")] = 2000
     jobs: Annotated[
         int, Field(ge=1, description="trainings at a time, one core each", json_schema_extra={"tuning": True})
     ] = 2

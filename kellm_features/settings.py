@@ -192,7 +192,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-_PATH_KEYS = {"data": ("path", "interactions", "items", "users"), "wiki": ("dump",), "store": ("repo",)}
+_PATH_KEYS = {
+    "data": ("path", "interactions", "items", "users"),
+    "wiki": ("dump",),
+    "train": ("tensorboard",),
+    "store": ("repo",),
+}
 _PATH_OR_NAME_KEYS = {"generate": ("domain", "model"), "encode": ("model",)}
 """Names of something shipped or on a hub, or paths; a relative path is told by its suffix, or by being there."""
 

@@ -18,8 +18,9 @@ HEAVY = ("torch", "vllm", "feast", "pyspark", "transformers", "pandas", "openai"
 BEYOND = {
     ("spark_jobs", "kellm_spark", "publish.py"): ("kellm_features.store",),
     ("spark_jobs", "kellm_spark", "descriptions"): ("kellm_features.knowledge", "kellm_features.data"),
+    ("kellm_features", "training", "launch.py"): ("kellm_spark.session",),
 }
-"""Jobs that run on Spark what also runs without it, and what they import for that."""
+"""Jobs that run on Spark what also runs without it, and what they import for that; and a training that Spark starts."""
 
 
 def ours(path: Path) -> set[str]:
@@ -47,6 +48,13 @@ def allowed(name: str, prefixes: tuple[str, ...]) -> bool:
         ("kellm_features/knowledge", ("kellm_features.knowledge", "kellm_features.data")),
         ("kellm_features/training", ("kellm_features.training", "kellm_features.data", "kellm_kernels")),
         ("kellm_features/store", ("kellm_features.store",)),
+        (
+            "kellm_features/evaluation",
+            (
+                *(f"kellm_features.{name}" for name in ("evaluation", "training", "knowledge", "data", "pipeline")),
+                *("kellm_features.report", "kellm_features.store.layout", "kellm_spark.swing", "kellm_kernels"),
+            ),
+        ),
     ],
 )
 def test_layers(folder: str, may_import: tuple[str, ...]) -> None:

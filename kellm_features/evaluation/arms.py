@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from kellm_features.evaluation.texts import CLOSED_BOOK, DIGEST, PAGE, TITLE
+from kellm_features.evaluation.texts import CLOSED_BOOK, DIGEST, PAGE, TITLE, VARIANTS
 
 Rows = Literal["own", "shuffled", "noise"]
 Changes = tuple[tuple[str, str | int | float | bool], ...]
@@ -17,6 +18,8 @@ def changes(base: Changes = (), /, **values: str | int | float | bool) -> Change
     return tuple(sorted((dict(base) | values).items()))
 
 
+_RUNGS = (TITLE, CLOSED_BOOK, PAGE, DIGEST)
+_SIDE_BY_SIDE = (TITLE, DIGEST, PAGE, CLOSED_BOOK)
 _PLAIN = changes(sides="none", schedule="joint")
 
 
@@ -50,50 +53,73 @@ PRINTED = changes(sides="both", schedule="joint", reduction="mean", weight=1.024
 REFERENCE = "id-30"
 ITEM_MEAN = Arm("item-mean", "item mean", baseline="item-mean")
 RATING_STATISTICS = Arm("rating-statistics", "rating statistics, logistic", baseline="rating-statistics")
+BASELINES = (ITEM_MEAN, RATING_STATISTICS)
 ID_5 = Arm("id-5", "ID, 5 events", seen_history=5)
 ID_30 = Arm(REFERENCE, "ID, matched 30 events")
-TEXTS = {
-    variant: Arm(variant, f"+ {label}", text=variant)
-    for variant, label in (
-        (TITLE, "title and genres"),
-        (CLOSED_BOOK, "closed-book LLM text"),
-        (PAGE, "linked Wikipedia page"),
-        (DIGEST, "factor digest of the page"),
-        (f"{TITLE}+{DIGEST}", "title | digest"),
-        (f"{TITLE}+{CLOSED_BOOK}", "title | closed-book"),
-        (f"{TITLE}+{DIGEST}+{PAGE}+{CLOSED_BOOK}", "title | digest | page | closed-book"),
-    )
-}
-KNOWLEDGE = PAGE
-"""The text of the contrastive arms and of the nulls in the ladder: external knowledge."""
 
 
-def ladder(text: str = KNOWLEDGE, *, closed_book: bool = True) -> list[Arm]:
-    """From the item mean to KELLMRec, and its nulls."""
-    texts = [TEXTS[TITLE], *([TEXTS[CLOSED_BOOK]] if closed_book else []), TEXTS[PAGE]]
+def single_texts(variants: Collection[str]) -> list[Arm]:
+    """One text each: knowledge beside the ids as KELLMRec has it, vectors concatenated."""
+    return [Arm(name, f"+ {VARIANTS[name]}", text=name) for name in _RUNGS if name in variants]
+
+
+def all_texts(variants: Collection[str]) -> Arm:
+    """All texts, as vectors side by side: a long text dilutes what a short one says, a vector of its own does not."""
+    text = "+".join(name for name in _SIDE_BY_SIDE if name in variants)
+    return Arm("knowledge", f"+ {text.replace('+', ' | ')}", text=text)
+
+
+def printed_arm(variants: Collection[str]) -> Arm:
+    """KELLMRec's own form: vectors concatenated, both contrastive terms in one loss with the clicks."""
+    return replace(all_texts(variants), key="printed", label="+ contrastive, as printed", train=PRINTED)
+
+
+def affinity_arm(variants: Collection[str]) -> Arm:
+    """Ours: the backbone also gets the products of the item's vector with the means of what was liked and disliked."""
+    train = changes(_PLAIN, affinity="history")
+    return replace(all_texts(variants), key="affinity", label="+ affinity to the history", train=train)
+
+
+def kellmrec_arm(variants: Collection[str]) -> Arm:
+    """All texts, affinity, and the contrastive term in its default form."""
+    train = changes(CONTRASTIVE, affinity="history")
+    return replace(all_texts(variants), key="kellmrec", label="+ contrastive, our form", train=train)
+
+
+def nulls(variants: Collection[str]) -> list[Arm]:
+    """What must not help as knowledge does: the same model with random pairs, with others' vectors, with noise."""
+    model = affinity_arm(variants)
     return [
-        ID_5,
-        ID_30,
-        *texts,
-        Arm("kellmrec", "+ contrastive (KELLMRec)", text=text, train=CONTRASTIVE),
-        Arm("random-pairs", "null: random pairs", text=text, train=CONTRASTIVE, pairs="random"),
-        Arm("shuffled", "null: rows shuffled", text=text, rows="shuffled"),
-        Arm("noise", "null: noise vectors", text=text, rows="noise"),
+        replace(kellmrec_arm(variants), key="random-pairs", label="null: random pairs", pairs="random"),
+        replace(model, key="shuffled", label="null: rows shuffled", rows="shuffled"),
+        replace(model, key="noise", label="null: noise vectors", rows="noise"),
     ]
 
 
-BASELINES = [ITEM_MEAN, RATING_STATISTICS]
+def ladder(variants: Collection[str]) -> list[Arm]:
+    """From five events of ids to KELLMRec, and its nulls.
+
+    Args:
+        variants: the texts that are there.
+    """
+    knowledge = [all_texts(variants), printed_arm(variants), affinity_arm(variants), kellmrec_arm(variants)]
+    return [ID_5, ID_30, *single_texts(variants), *knowledge, *nulls(variants)]
 
 
-def forms(text: str = KNOWLEDGE) -> list[Arm]:
-    """The contrastive term in the forms in which it may earn its place, beside the same model without it."""
+def forms(variants: Collection[str]) -> list[Arm]:
+    """The contrastive term in the forms in which it may earn its place, beside the same model without it.
+
+    All get the affinity to the history: there the geometry that the term makes is looked at directly.
+    """
+    model = affinity_arm(variants)
 
     def form(key: str, label: str, pairs: Literal["swing", "random"] = "swing", **values: str | float) -> Arm:
-        return Arm(key, label, text=text, pairs=pairs, train=changes(CONTRASTIVE, **values))
+        train = changes(CONTRASTIVE, affinity="history", **values)
+        return replace(model, key=key, label=label, pairs=pairs, train=train)
 
     return [
-        Arm("none", "no contrastive term", text=text),
-        Arm("printed", "joint, as printed (sum, w = 0.004)", text=text, train=PRINTED),
+        replace(model, key="none", label="no contrastive term"),
+        replace(model, key="printed", label="joint, as printed", train=changes(PRINTED, affinity="history")),
         form("mean-0.1", "joint, mean, w = 0.1, item side", weight=0.1, schedule="joint"),
         form("mean-0.01", "joint, mean, w = 0.01, item side", schedule="joint"),
         form("pretrain", "pretrained, then joint, item side"),

@@ -31,7 +31,7 @@ PREDICTIONS = "predictions.parquet"
 ITEM_EMBEDDINGS = "item_embeddings.npy"
 RESULT = "cell.json"
 
-LEARNING_RATES = (5e-4, 1e-3, 2.5e-4, 2e-3)
+LEARNING_RATES = (1e-3, 5e-4, 2e-3, 2.5e-4)
 """Of the backbone, tried in this order: an arm of n trials has the first n. Adapters learn at `ADAPTER_RATE` of it."""
 ADAPTER_RATE = 0.6
 
@@ -76,6 +76,7 @@ def train_settings(world: World, cell: Cell) -> TrainSettings:
         "epochs": evaluate.epochs,
         "patience": evaluate.patience,
         "batch_size": evaluate.batch_size,
+        "hidden": evaluate.hidden,
         "learning_rate": cell.learning_rate,
         "adapter_learning_rate": ADAPTER_RATE * cell.learning_rate,
         "ranks": 1,
@@ -92,10 +93,11 @@ def cell_folder(world: World, cell: Cell) -> Path:
     files = world.folds[cell.fold]
     arm = {name: value for name, value in asdict(cell.arm).items() if name not in ("key", "label")}
     texts = [world.item_vectors[name] for name in cell.arm.text.split("+")] if cell.arm.text else []
+    trained = train_settings(world, cell).model_dump_json(exclude={"device", "compile"}) if cell.backbone else ""
     parts = {
         "arm": json.dumps(arm, sort_keys=True),
-        "train": train_settings(world, cell).model_dump_json(exclude={"device", "compile"}),
-        "fold": f"{files.name} {files.split_hash} {files.select_on}",
+        "train": trained,
+        "fold": f"{files.name} {files.split_hash} {files.content_hash} {files.select_on}",
         "history": world.settings.history.model_dump_json(),
         "swing": world.settings.swing.model_dump_json(),
         "texts": " ".join([*texts, files.user_vectors]) if texts else "",

@@ -95,8 +95,8 @@ OURS: Mapping[str, str] = {
     "base": "id-5",
     "LLMRec": "closed-book",
     "KAR": "closed-book",
-    "KELLMRec": "kellmrec",
-    "KELLMRec without contrastive terms": "page",
+    "KELLMRec": "printed",
+    "KELLMRec without contrastive terms": "knowledge",
 }
 """A paper's arm -> the key of ours (`arms`) that does the same; what has no counterpart here is left out."""
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from kellm_features.errors import ConfigError, DataError
 from kellm_features.evaluation.protocol import Fold, cold_fold, kar_fold, time_fold, user_folds
 from kellm_features.evaluation.texts import TextEncoder, inputs_of, item_texts, profiles, read_descriptions
-from kellm_features.evaluation.world import FoldFiles, World, prepare_fold, save_vectors
+from kellm_features.evaluation.world import FoldFiles, World, content_hash, prepare_fold, save_vectors
 from kellm_features.pipeline import Listener, run_stages
 from kellm_features.progress import track
 from kellm_features.schemas import INTERACTIONS, ITEMS, USERS, read_table
@@ -95,12 +95,19 @@ def prepare(
     wanted = _folds(settings, suite, interactions)
     with track("folds", len(wanted), "folds") as advance:
         for fold in wanted:
-            folder = prepare_fold(out, fold, settings, items, users)
+            content = content_hash(fold, (paths["items"], paths["users"]))
+            folder = prepare_fold(out, fold, settings, items, users, content)
             of_fold = settings.model_copy(update={"data": settings.data.model_copy(update={"split": fold.split})})
             texts_of_users = profiles(inputs_of(of_fold, run_dir, folder / "interactions.parquet"))
             vectors = encoder.encode({"user": texts_of_users})["user"]
             folds[fold.name] = FoldFiles(
-                folder, fold.name, fold.split, fold.select_on, fold.split_hash, save_vectors(out / "vectors", vectors)
+                folder=folder,
+                name=fold.name,
+                split=fold.split,
+                select_on=fold.select_on,
+                split_hash=fold.split_hash,
+                content_hash=content,
+                user_vectors=save_vectors(out / "vectors", vectors),
             )
             advance(1, fold.name)
     return World(out, run_dir, settings, item_vectors, folds)

@@ -18,7 +18,7 @@ from kellm_features.evaluation.experiment import LEARNING_RATES, Outcome
 from kellm_features.evaluation.grid import rich_table
 from kellm_features.evaluation.page import PAGE, write_page
 from kellm_features.evaluation.pictures import write_pictures
-from kellm_features.evaluation.results import ResultRow, read_results, write_results
+from kellm_features.evaluation.results import SUITES, ResultRow, read_results, write_results
 from kellm_features.evaluation.suite import Study
 from kellm_features.evaluation.tables import all_tables, write_tables
 from kellm_features.evaluation.world import World
@@ -42,7 +42,7 @@ def publish(
     path = world.root / RESULTS
     told = {row.suite for row in new}
     kept = [row for row in read_results(path) if row.suite not in told] if path.exists() else []
-    everything = [*kept, *new]
+    everything = [row for suite in SUITES for row in (*kept, *new) if row.suite == suite]  # an order of its own
     write_results(everything, path)
     write_tables(everything, world.root / "tables")
     write_page(everything, world.root / PAGE, _facts(world, planned, outcomes), _histories(planned, outcomes))
@@ -65,7 +65,7 @@ def _facts(world: World, planned: Sequence[Study], outcomes: Sequence[Outcome]) 
         folds=evaluate.folds,
         seeds=evaluate.seeds,
         budget=(
-            f"each arm: learning rates {rates} on the first fold's validation part, {evaluate.epochs} epochs at most, "
+            f"each arm: learning rates {rates} on the last fold's validation part, {evaluate.epochs} epochs at most, "
             f"stopped after {evaluate.patience} without a better validation AUC"
         ),
         version=f"kellm-features {__version__}, torch {torch.__version__}",

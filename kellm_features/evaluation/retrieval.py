@@ -11,8 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kellm_features.evaluation.arms import all_texts, single_texts
 from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, paired
 from kellm_features.evaluation.cold import (
+    LAMBDAS,
+    LOG_WEIGHTS,
+    TRUTHS,
     ColdRetrieval,
     ColdSplit,
     Retrieved,
@@ -22,19 +26,21 @@ from kellm_features.evaluation.cold import (
     knn_transfer,
     ridge_transfer,
     same_for_all,
+    standardized,
     tune,
     with_degree,
 )
 from kellm_features.evaluation.cold_training import item_facts, noise, random_pairs, shuffled_rows, train_retrieval
 from kellm_features.evaluation.experiment import Outcome
 from kellm_features.evaluation.results import COLD, ResultRow, Suite
-from kellm_features.evaluation.texts import CLOSED_BOOK, DIGEST, PAGE, TITLE, VARIANTS
+from kellm_features.evaluation.texts import TITLE, VARIANTS
 from kellm_features.evaluation.world import FoldFiles, World
 from kellm_features.progress import track
 from kellm_features.schemas import INTERACTIONS, ITEMS, read_table
 
 Vectors = npt.NDArray[np.float32]
-Scorer = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
+Scores = npt.NDArray[np.float64]
+Scorer = Callable[[npt.NDArray[np.int64]], Scores]
 
 METRIC_NAMES = {
     ("recall", "raw"): "recall@20",
@@ -55,51 +61,61 @@ class Scored:
     found: list[Retrieved]
 
 
-def retrieval_texts(world: World) -> list[str]:
-    """The text variants that retrieval is told for, and their combinations: vectors side by side."""
-    single = [name for name in VARIANTS if name in world.item_vectors]
-    closed = [CLOSED_BOOK] if CLOSED_BOOK in single else []
-    return [*single, f"{TITLE}+{FACTS}", "+".join([TITLE, DIGEST, PAGE, *closed, FACTS])]
+def retrieval_texts(world: World) -> dict[str, str]:
+    """Key -> the variants whose vectors stand side by side; keys are those of the ladder's arms where it has them."""
+    variants = list(world.item_vectors)
+    every = all_texts(variants)
+    single = {arm.key: arm.key for arm in single_texts(variants)}
+    side_by_side = every.text or ""
+    return single | {
+        f"{TITLE}+{FACTS}": f"{TITLE}+{FACTS}",
+        every.key: side_by_side,
+        f"{every.key}+{FACTS}": f"{side_by_side}+{FACTS}",
+    }
 
 
 def score_retrieval(world: World) -> list[ResultRow]:
     """Rows of the suite `retrieval`: every scorer on the test-cold items of every cold fold, set against popularity.
 
-    What has a weight of popularity has it chosen on validation-cold items. Everything that is trained sees the
-    encodings and the SWING rows of warm items alone.
+    A weight of popularity is chosen on validation-cold items, for each truth by itself. Everything that is trained sees
+    the encodings and the SWING rows of warm items alone.
     """
     folds = [files for files in world.folds.values() if files.family == COLD]
     tasks = [task_of(world, files) for files in folds]
     scored: dict[str, Scored] = {}
 
-    def add(key: str, label: str, place: int, scorer: Scorer) -> None:
-        judged = judge(tasks[place], tasks[place].split.test, scorer(tasks[place].split.test))
-        scored.setdefault(key, Scored(key, label, [])).found.append(judged)
+    def add(key: str, label: str, found: Retrieved) -> None:
+        scored.setdefault(key, Scored(key, label, [])).found.append(found)
 
     texts = retrieval_texts(world)
     with track("retrieval", len(tasks) * (len(texts) + 3), "trainings") as advance:
         for place, task in enumerate(tasks):
-            add(POPULARITY, "popularity", place, _constant(task.degree))
-            add("in-degree", "hubs, by in-degree", place, _constant(task.in_degree))
-            for text in texts:
-                x = _encodings(world, text)
-                label = _label(text)
-                add(f"{text} knn", f"{label}, kNN transfer, untrained", place, _knn(task, x))
-                add(f"{text} raw", f"{label}, cosine of the encodings", place, _cosine(x))
+            add(POPULARITY, "popularity", _judged(task, _constant(task.degree)))
+            add("in-degree", "hubs, by in-degree", _judged(task, _constant(task.in_degree)))
+            for text, variants in texts.items():
+                x = _encodings(world, variants)
+                label = _label(variants)
                 z = _adapted(task, x, seed=place)
-                add(f"{text} cosine", f"{label}, adapted, cosine", place, _cosine(z))
-                add(text, f"{label}, adapted + λ·log in-degree", place, _with_hubs(task, _cosine(z)))
-                add(f"{text} ridge", f"{label}, adapted, ridge transfer", place, _ridge(task, z))
+                add(f"{text} raw", f"{label}: cosine of the encodings + λ·log in-degree", _with_hubs(task, _cosine(x)))
+                add(
+                    f"{text} knn",
+                    f"{label}: kNN transfer + λ·log in-degree",
+                    _with_hubs(task, _knn(task, x)),
+                )
+                add(f"{text} ridge raw", f"{label}: ridge transfer, no adapter", _ridge(task, standardized(task, x)))
+                add(f"{text} cosine", f"{label}: adapted, cosine", _judged(task, _cosine(z)))
+                add(f"{text} hubs", f"{label}: adapted + λ·log in-degree", _with_hubs(task, _cosine(z)))
+                add(text, f"{label}: adapted, ridge transfer", _ridge(task, z))
                 advance(1, label)
-            x = _encodings(world, texts[-1])
+            x = _encodings(world, list(texts.values())[-1])
             for key, label, inputs, targets in (
                 ("random pairs", "control: random pairs", x, random_pairs(task, seed=place)),
-                ("shuffled rows", "control: rows shuffled", shuffled_rows(x, seed=place).astype(np.float32), None),
+                ("shuffled rows", "control: rows shuffled", shuffled_rows(x, seed=place), None),
                 ("noise rows", "control: noise vectors", noise(x, seed=place), None),
             ):
                 z = _adapted(task, inputs, seed=place, targets=targets)
-                add(f"{key} cosine", f"{label}, cosine", place, _cosine(z))
-                add(key, f"{label}, + λ·log in-degree", place, _with_hubs(task, _cosine(z)))
+                add(f"{key} cosine", f"{label}, adapted, cosine", _judged(task, _cosine(z)))
+                add(key, f"{label}, adapted, ridge transfer", _ridge(task, z))
                 advance(1, label)
     references = {key: POPULARITY for key in scored if key != POPULARITY}
     return _rows(world, tasks, list(scored.values()), "retrieval", "", references)
@@ -121,8 +137,7 @@ def score_forms(world: World, backbone: str, outcomes: Mapping[str, tuple[str, S
         found = []
         for outcome in trainings:
             task = tasks[outcome.cell.fold]
-            scorer = _with_hubs(task, _cosine(outcome.item_embeddings()))
-            found.append(judge(task, task.split.test, scorer(task.split.test)))
+            found.append(_with_hubs(task, _cosine(outcome.item_embeddings())))
         scored.append(Scored(key, label, found))
     first = scored[0].key
     used = [tasks[outcome.cell.fold] for outcome in next(iter(outcomes.values()))[1]]
@@ -166,21 +181,37 @@ def _constant(values: npt.NDArray[np.generic]) -> Scorer:
     return lambda items: same_for_all(items, values)
 
 
-def _cosine(vectors: Vectors) -> Scorer:
+def _cosine(vectors: npt.NDArray[np.floating]) -> Scorer:
     return lambda items: cosine(vectors, items)
 
 
-def _knn(task: ColdRetrieval, vectors: Vectors) -> Scorer:
+def _knn(task: ColdRetrieval, vectors: npt.NDArray[np.floating]) -> Scorer:
     return lambda items: knn_transfer(task, vectors, items)
 
 
-def _ridge(task: ColdRetrieval, vectors: Vectors) -> Scorer:
-    return lambda items: ridge_transfer(task, vectors, items)
+def _judged(task: ColdRetrieval, scorer: Scorer) -> Retrieved:
+    return judge(task, task.split.test, scorer(task.split.test))
 
 
-def _with_hubs(task: ColdRetrieval, scorer: Scorer) -> Scorer:
-    weight = tune(task, scorer, task.log_in_degree).weight
-    return lambda items: with_degree(scorer(items), task.log_in_degree, weight)
+def _with_hubs(task: ColdRetrieval, scorer: Scorer) -> Retrieved:
+    return _tuned(task, scorer, task.log_in_degree, LAMBDAS)
+
+
+def _ridge(task: ColdRetrieval, vectors: npt.NDArray[np.floating]) -> Retrieved:
+    return _tuned(task, lambda items: ridge_transfer(task, vectors, items), task.log_degree, LOG_WEIGHTS)
+
+
+def _tuned(task: ColdRetrieval, scorer: Scorer, degree: Scores, weights: Sequence[float]) -> Retrieved:
+    """Each truth with the weight of the degree that serves it best on validation items."""
+    scores = scorer(task.split.test)
+    found = {}
+    for truth in TRUTHS:
+        weight = tune(task, scorer, degree, truths=(truth,), weights=weights).weight
+        found[truth] = judge(task, task.split.test, with_degree(scores, degree, weight))
+    return Retrieved(
+        recall={truth: judged.recall[truth] for truth, judged in found.items()},
+        ndcg={truth: judged.ndcg[truth] for truth, judged in found.items()},
+    )
 
 
 def _label(text: str) -> str:

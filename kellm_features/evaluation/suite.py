@@ -7,7 +7,8 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,16 +18,19 @@ from kellm_features.evaluation.arms import (
     ID_5,
     ID_30,
     REFERENCE,
-    TEXTS,
     Arm,
+    affinity_arm,
+    all_texts,
     forms,
+    kellmrec_arm,
     ladder,
+    printed_arm,
 )
-from kellm_features.evaluation.experiment import LEARNING_RATES, Cell, Outcome, finished, run_cell
+from kellm_features.evaluation.experiment import LEARNING_RATES, Cell, Outcome, cell_folder, finished, run_cell
 from kellm_features.evaluation.results import ResultRow, Suite
 from kellm_features.evaluation.retrieval import of_first_seed, score_forms, score_retrieval
 from kellm_features.evaluation.score import score_study, with_holm
-from kellm_features.evaluation.texts import CLOSED_BOOK
+from kellm_features.evaluation.texts import CLOSED_BOOK, PAGE, TITLE
 from kellm_features.evaluation.world import World
 from kellm_features.progress import track
 
@@ -51,31 +55,33 @@ class Study:
 def studies(world: World, suite: SuiteName) -> list[Study]:
     """What a suite compares, given the folds and the texts that are there."""
     settings = world.settings.evaluate
-    texts = [arm for arm in TEXTS.values() if all(name in world.item_vectors for name in (arm.text or "").split("+"))]
-    closed_book = CLOSED_BOOK in world.item_vectors
-    rungs = ladder(closed_book=closed_book)
-    kellmrec = next(arm for arm in rungs if arm.key == "kellmrec")
-    text = kellmrec.text or ""
+    variants = list(world.item_vectors)
+    rungs = ladder(variants)
+    knowledge, affinity, kellmrec = all_texts(variants), affinity_arm(variants), kellmrec_arm(variants)
     references: dict[str, tuple[str, ...]]
-    references = {arm.key: (REFERENCE,) for arm in (*rungs, *BASELINES, *texts) if arm.key != REFERENCE}
+    references = {arm.key: (REFERENCE,) for arm in (*BASELINES, *rungs) if arm.key != REFERENCE}
     references |= {
         CLOSED_BOOK: (REFERENCE, ID_5.key),
-        "kellmrec": (REFERENCE, text, "random-pairs", CLOSED_BOOK, ID_5.key),
+        knowledge.key: (REFERENCE, TITLE, CLOSED_BOOK, PAGE),
+        "printed": (REFERENCE, ID_5.key, CLOSED_BOOK, knowledge.key),
+        affinity.key: (REFERENCE, knowledge.key, "shuffled", "noise"),
+        kellmrec.key: (REFERENCE, affinity.key, "random-pairs", CLOSED_BOOK, ID_5.key),
     }
     b, cold, a, c = (_family(world, name) for name in ("B", "cold", "A", "C"))
     backbones, cold_backbones = tuple(settings.backbones), tuple(settings.cold_backbones)
     found = []
     if suite in ("ctr", "all"):
-        short = tuple(arm for arm in rungs if arm.key in (ID_5.key, REFERENCE, CLOSED_BOOK, text, "kellmrec"))
+        closed_book = [arm for arm in rungs if arm.key == CLOSED_BOOK]
+        short = (ID_5, ID_30, *closed_book, knowledge, printed_arm(variants), affinity, kellmrec)
         found += [
             Study("ctr", "B", backbones, (*BASELINES, *rungs), b, references),
             Study("replication", "A", backbones, short, a, references),
             Study("time", "C", cold_backbones, (*BASELINES, *short), c, references),
         ]
     if suite in ("cold", "all"):
-        contrastive = tuple(forms())
+        contrastive = tuple(forms(variants))
         against_none = {arm.key: (contrastive[0].key,) for arm in contrastive[1:]}
-        arms = (*BASELINES, ID_30, *texts, *(arm for arm in rungs if arm.key in ("kellmrec", "shuffled", "noise")))
+        arms = (*BASELINES, *(arm for arm in rungs if arm.key not in (ID_5.key, "random-pairs")))
         found += [
             Study("cold", "cold", cold_backbones, arms, cold, references),
             Study("contrastive", "cold", cold_backbones, contrastive, cold, against_none),
@@ -86,8 +92,9 @@ def studies(world: World, suite: SuiteName) -> list[Study]:
 def run_suite(world: World, suite: SuiteName) -> tuple[list[ResultRow], list[Outcome]]:
     """Train what is not yet trained, and score everything.
 
-    Every arm of a study tries the same learning rates on the first fold from the first seed; the one with the best
-    validation AUC is taken to all folds and seeds. A cell that was finished by an earlier run is not trained again.
+    Every arm of a study tries the same learning rates on the last fold from the first seed; the one with the best
+    validation AUC is taken to all folds and seeds. While not all ten blocks of users are tested, no fold tests the
+    users that the last one validates on. A cell that was finished by an earlier run is not trained again.
 
     Returns:
         The rows, p-values adjusted; and every training that they rest on.
@@ -96,7 +103,7 @@ def run_suite(world: World, suite: SuiteName) -> tuple[list[ResultRow], list[Out
     settings = world.settings.evaluate
     rates = LEARNING_RATES[: settings.trials]
     trials = {
-        (place, backbone, arm): [_cell(study.folds[0], backbone, arm, 0, rate) for rate in _rates(arm, rates)]
+        (place, backbone, arm): [_cell(study.folds[-1], backbone, arm, 0, rate) for rate in _rates(arm, rates)]
         for place, study in enumerate(wanted)
         for backbone in study.backbones
         for arm in study.arms
@@ -129,11 +136,12 @@ def run_suite(world: World, suite: SuiteName) -> tuple[list[ResultRow], list[Out
 
 def _run(world: World, cells: Iterable[Cell], what: str) -> dict[Cell, Outcome]:
     """Outcomes of cells; those that are not on disk are trained, a process each, by fold so that its data are kept."""
-    distinct = list(dict.fromkeys(cells))
-    found = {cell: outcome for cell in distinct if (outcome := finished(world, cell)) is not None}
-    left = sorted(
-        (cell for cell in distinct if cell not in found), key=lambda cell: (cell.fold, cell.arm.seen_history or 0)
-    )
+    by_folder: dict[Path, list[Cell]] = {}  # arms of two studies may be one model
+    for cell in dict.fromkeys(cells):
+        by_folder.setdefault(cell_folder(world, cell), []).append(cell)
+    found = {cell: outcome for same in by_folder.values() for cell in same if (outcome := finished(world, cell))}
+    new = [same[0] for same in by_folder.values() if same[0] not in found]
+    left = sorted(new, key=lambda cell: (cell.fold, cell.arm.seen_history or 0))
     if not left:
         return found
     jobs = min(world.settings.evaluate.jobs, len(left))
@@ -148,7 +156,8 @@ def _run(world: World, cells: Iterable[Cell], what: str) -> dict[Cell, Outcome]:
         try:
             for future in as_completed(futures):
                 outcome = future.result()
-                found[outcome.cell] = outcome
+                for cell in by_folder[outcome.folder]:
+                    found[cell] = replace(outcome, cell=cell)
                 advance(1, f"{outcome.cell.backbone} {outcome.cell.arm.key} {outcome.cell.fold}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -71,8 +71,8 @@ def read_descriptions(path: Path, item_ids: Sequence[Any]) -> dict[Any, str]:
 def item_texts(inputs: Inputs, closed_book: Mapping[Any, str] | None) -> dict[str, list[str]]:
     """Variant -> the text of each item, in the order of the catalogue.
 
-    A digest and a page stand behind title and genres as in stage `encode`; an item without a page, or without a
-    closed-book text, has title and genres alone.
+    Every text stands behind title, year and genres, as in stage `encode`; an item without a page, or without a
+    closed-book text, has these alone.
 
     Args:
         inputs: catalogue and linked pages.
@@ -93,7 +93,7 @@ def item_texts(inputs: Inputs, closed_book: Mapping[Any, str] | None) -> dict[st
         ],
     }
     if closed_book is not None:
-        found[CLOSED_BOOK] = [closed_book.get(row["item_id"], headed(row, "").strip()) for row in rows]
+        found[CLOSED_BOOK] = [headed(row, closed_book.get(row["item_id"], "")).strip() for row in rows]
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,6 @@ from kellm_features.training.data import CtrData, build_ctr_data
 from kellm_features.training.pairs import PositiveSampler
 
 FloatArray = npt.NDArray[np.float32]
-_NULL_NEIGHBORS = 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class FoldFiles:
     split: Literal["user", "time"]
     select_on: Literal["valid", "test"]
     split_hash: str
+    content_hash: str
+    """Of what decides no split and shapes everything: labels, catalogue and user table."""
     user_vectors: str
     """File of (U, D) encodings of the profiles, in the order of the user table."""
 
@@ -68,8 +69,16 @@ class World:
         return self.run_dir / "ingest" / "users.parquet"
 
 
+def content_hash(fold: Fold, tables: Iterable[Path]) -> str:
+    """Of a fold's labels and of tables: a split's hash knows neither."""
+    seen = hashlib.sha256(np.packbits(fold.interactions.column("liked").to_numpy()).tobytes())
+    for path in tables:
+        seen.update(path.read_bytes())
+    return seen.hexdigest()
+
+
 def prepare_fold(
-    world_root: Path, fold: Fold, settings: Settings, items: Sequence[object], users: Sequence[object]
+    root: Path, fold: Fold, settings: Settings, items: Sequence[object], users: Sequence[object], content: str
 ) -> Path:
     """Write a fold's interactions and SWING pairs, once; a folder of the same split is left as it is.
 
@@ -78,14 +87,9 @@ def prepare_fold(
     Returns:
         The fold's folder; `fold.json` is written last.
     """
-    folder = world_root / "folds" / fold.name
+    folder = root / "folds" / fold.name
     told = folder / "fold.json"
-    liked = fold.interactions.column("liked").to_numpy()
-    facts = {
-        "split_hash": fold.split_hash,
-        "labels": hashlib.sha256(np.packbits(liked).tobytes()).hexdigest(),  # which decide no split, and make the pairs
-        "swing": settings.hash_of(("swing",)),
-    }
+    facts = {"split_hash": fold.split_hash, "content_hash": content, "swing": settings.hash_of(("swing",))}
     if told.exists() and json.loads(told.read_text(encoding="utf-8")).items() >= facts.items():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +198,7 @@ def load_samplers(
             known = np.unique(anchors)
             rng = np.random.default_rng([seed, 2])
             # A shift within the known ids is never the anchor itself, and no neighbour comes twice.
-            shifts = 1 + np.argsort(rng.random((len(known), len(known) - 1)), axis=1)[:, :_NULL_NEIGHBORS]
+            shifts = 1 + np.argsort(rng.random((len(known), len(known) - 1)), axis=1)[:, :top_k]
             neighbors = known[(np.arange(len(known))[:, None] + shifts).ravel() % len(known)]
             anchors = np.repeat(known, shifts.shape[1])
             scores = np.ones(len(anchors))
