@@ -44,10 +44,18 @@ class MissingExtraError(KellmError):
         )
         self.extra = extra
         self.module = module
+        self._told = (extra, module, purpose)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), self._told  # from a worker process as it was raised there
 
 
 class StoreError(KellmError):
     """The feature store refused an operation or holds something other than was asked for."""
+
+
+class EvaluationError(KellmError):
+    """An evaluation could not be finished."""
 
 
 class EngineError(KellmError):

@@ -99,7 +99,7 @@ def run_stages(
         KellmError: whatever a stage found wrong with its input; earlier stages stay as they are.
     """
     wanted = stages_between(first, last)
-    with _locked(run_dir):
+    with locked(run_dir):
         for spec in STAGES[: STAGES.index(wanted[0])]:
             if any(spec.name in later.upstream for later in wanted):
                 _require_fresh(spec, settings, run_dir, needed_by=wanted[0].name)
@@ -260,8 +260,8 @@ def _stop_spark() -> None:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """One run at a time per directory; the kernel frees the lock when the process dies.
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a directory: one run at a time; the kernel frees the lock when the process dies.
 
     A run that fails before it has finished anything leaves no directory behind.
     """

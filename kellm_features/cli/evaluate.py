@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kellm_features.cli.app import app, stdout
 from kellm_features.cli.run import ConfigOption, SetOption, announce, settings_from
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @app.command("evaluate")
@@ -33,10 +36,15 @@ def evaluate(
     from kellm_features.evaluation.prepare import prepare, with_data
     from kellm_features.evaluation.publish import publish
     from kellm_features.evaluation.suite import run_suite, studies
+    from kellm_features.pipeline import locked
 
     settings = with_data(settings_from(config, overrides), data, wiki)
-    world = prepare(settings, suite, out, descriptions=descriptions, listener=announce)
-    rows, outcomes = run_suite(world, suite)
-    for table in publish(world, studies(world, suite), rows, outcomes):
+    with locked(out):
+        world = prepare(settings, suite, out, descriptions=descriptions, listener=announce)
+        wanted = studies(world, suite)
+        tables: list[Table] = []
+        for known in run_suite(world, wanted):  # what is known is on disk before the next study begins
+            tables = publish(world, wanted, known.rows, known.outcomes)
+    for table in tables:
         stdout.print(table)
     stdout.print(f"\nresults: {out / 'results.csv'}\npage: {out / 'evaluation.html'}", soft_wrap=True)

@@ -41,6 +41,20 @@ class Arm:
     baseline: Literal["item-mean", "rating-statistics"] | None = None
     """A closed form instead of a backbone."""
 
+    def told(self) -> str:
+        """What the arm is given and how it is trained, in a line."""
+        if self.baseline:
+            return "a closed form of counts in train rows; no ids"
+        seen = "ids, genres, attributes and " + (
+            f"the last {self.seen_history} events" if self.seen_history else "history"
+        )
+        if self.text is None:
+            return seen
+        rows = {"own": "", "shuffled": ", of another item or user each", "noise": ", replaced by noise"}[self.rows]
+        values = ", ".join(f"{name} = {value}" for name, value in self.train)
+        pairs = ", random pairs" if self.pairs == "random" else ""
+        return f"{seen}; profile and {self.text.replace('+', ' | ')}{rows}{pairs}; {values}"
+
 
 CONTRASTIVE = changes(
     sides="item", schedule="pretrain", warmup_steps=600, reduction="mean", weight=0.01, positives="raw"
@@ -55,7 +69,7 @@ ITEM_MEAN = Arm("item-mean", "item mean", baseline="item-mean")
 RATING_STATISTICS = Arm("rating-statistics", "rating statistics, logistic", baseline="rating-statistics")
 BASELINES = (ITEM_MEAN, RATING_STATISTICS)
 ID_5 = Arm("id-5", "ID, 5 events", seen_history=5)
-ID_30 = Arm(REFERENCE, "ID, matched 30 events")
+ID_30 = Arm(REFERENCE, "ID, matched history")
 
 
 def single_texts(variants: Collection[str]) -> list[Arm]:

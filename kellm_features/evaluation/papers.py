@@ -98,7 +98,7 @@ OURS: Mapping[str, str] = {
     "KELLMRec": "printed",
     "KELLMRec without contrastive terms": "knowledge",
 }
-"""A paper's arm -> the key of ours (`arms`) that does the same; what has no counterpart here is left out."""
+"""A paper's arm -> the key of ours (`arms`) that is nearest; what has no counterpart here is left out."""
 
 
 def printed(paper: str, backbone: str, arm: str, metric: str) -> float | None:

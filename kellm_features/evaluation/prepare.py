@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kellm_features.errors import ConfigError, DataError
+from kellm_features.errors import ConfigError, DataError, first_line
 from kellm_features.evaluation.protocol import Fold, cold_fold, kar_fold, time_fold, user_folds
-from kellm_features.evaluation.texts import TextEncoder, inputs_of, item_texts, profiles, read_descriptions
+from kellm_features.evaluation.texts import TITLE, TextEncoder, inputs_of, item_texts, profiles, read_descriptions
 from kellm_features.evaluation.world import FoldFiles, World, content_hash, prepare_fold, save_vectors
 from kellm_features.pipeline import Listener, run_stages
 from kellm_features.progress import track
@@ -20,6 +21,8 @@ from kellm_features.settings import Settings
 logger = logging.getLogger(__name__)
 
 RUN = "run"
+LEAST_COVERAGE = 0.5
+"""Share of items with a text of a variant, below which its arms say little of it."""
 
 
 def with_data(settings: Settings, data: Path | None, wiki: Path | None) -> Settings:
@@ -44,11 +47,17 @@ def with_data(settings: Settings, data: Path | None, wiki: Path | None) -> Setti
                 f"--data {data} holds none of {', '.join(formats)}: for other tables leave --data out and name them "
                 "under [data] in --config"
             )
-        changes["data"] = {"format": known[0], "path": data.resolve()}
+        changes["data"] = {
+            "format": known[0],
+            "path": data.resolve(),
+            "interactions": None,
+            "items": None,
+            "users": None,
+        }
         table = data / "interactions.parquet"
         if table.exists():
             changes["data"]["interactions"] = table.resolve()
-            if "timestamp_coarse" in pq.read_schema(table).names:
+            if "timestamp_coarse" in _columns(table):
                 changes["history"] = {"ties": "shuffle"}
     if wiki is not None:
         changes["wiki"] = {"dump": wiki.resolve()}
@@ -58,6 +67,14 @@ def with_data(settings: Settings, data: Path | None, wiki: Path | None) -> Setti
     for section, values in changes.items():
         tree[section] = tree[section] | values
     return Settings.model_validate(tree)
+
+
+def _columns(table: Path) -> list[str]:
+    try:
+        names: list[str] = pq.read_schema(table).names
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{table} is not readable Parquet: {first_line(error)}") from error
+    return names
 
 
 def prepare(
@@ -110,7 +127,16 @@ def prepare(
                 user_vectors=save_vectors(out / "vectors", vectors),
             )
             advance(1, fold.name)
-    return World(out, run_dir, settings, item_vectors, folds)
+    bare = texts[TITLE]
+    coverage = {
+        name: sum(text != title for text, title in zip(rows, bare, strict=True)) / len(bare)
+        for name, rows in texts.items()
+        if name != TITLE
+    }
+    for name, share in coverage.items():
+        if share < LEAST_COVERAGE:
+            logger.warning("only %.0f %% of the items have a text of the variant %r", 100 * share, name)
+    return World(out, run_dir, settings, item_vectors, folds, coverage)
 
 
 def _folds(settings: Settings, suite: str, interactions: Any) -> list[Fold]:

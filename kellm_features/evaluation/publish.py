@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from kellm_features import __version__
+from kellm_features.artifacts import require_artifact
 from kellm_features.errors import DataError
 from kellm_features.evaluation.about import ArmFacts, EvaluationFacts, History, Planned
 from kellm_features.evaluation.experiment import LEARNING_RATES, Outcome
@@ -21,13 +23,17 @@ from kellm_features.evaluation.pictures import write_pictures
 from kellm_features.evaluation.results import SUITES, ResultRow, read_results, write_results
 from kellm_features.evaluation.suite import Study
 from kellm_features.evaluation.tables import all_tables, write_tables
+from kellm_features.evaluation.texts import VARIANTS
 from kellm_features.evaluation.world import World
 from kellm_features.schemas import INTERACTIONS, read_table
+from kellm_features.store.layout import write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 RESULTS = "results.csv"
+BASIS = "basis.json"
+"""What all rows of a folder rest on: rows of other data or settings are not kept beside new ones."""
 
 
 def publish(
@@ -41,8 +47,12 @@ def publish(
     new = list(rows)
     path = world.root / RESULTS
     told = {row.suite for row in new}
-    kept = [row for row in read_results(path) if row.suite not in told] if path.exists() else []
+    basis = json.dumps(_basis(world), indent=1, sort_keys=True) + "\n"
+    known = world.root / BASIS
+    same = known.exists() and known.read_text(encoding="utf-8") == basis
+    kept = [row for row in read_results(path) if row.suite not in told] if same and path.exists() else []
     everything = [row for suite in SUITES for row in (*kept, *new) if row.suite == suite]  # an order of its own
+    write_atomic(known, basis)
     write_results(everything, path)
     write_tables(everything, world.root / "tables")
     write_page(everything, world.root / PAGE, _facts(world, planned, outcomes), _histories(planned, outcomes))
@@ -51,16 +61,36 @@ def publish(
     return [rich_table(grid) for grid in all_tables(everything)]
 
 
+def _basis(world: World) -> dict[str, Any]:
+    """Data, texts and settings, by content; how many folds and seeds may differ, and stands in each row."""
+    settings = world.settings
+    return {
+        "data": require_artifact(world.run_dir, "ingest", needed_by="evaluate").manifest.output_hash,
+        "texts": dict(world.item_vectors),
+        "settings": settings.hash_of(("run", "history", "swing", "train")),
+        "budget": settings.evaluate.model_dump(
+            include={"trials", "epochs", "patience", "batch_size", "hidden", "cold_share", "samples"}
+        ),
+    }
+
+
 def _facts(world: World, planned: Sequence[Study], outcomes: Sequence[Outcome]) -> EvaluationFacts:
     settings = world.settings
     evaluate = settings.evaluate
     table = read_table(world.run_dir / "ingest" / "interactions.parquet", INTERACTIONS)
     items, users = (len(table.column(name).unique()) for name in ("item_id", "user_id"))
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES[: evaluate.trials])
-    arms = {arm.key: ArmFacts(key=arm.key, label=arm.label) for study in planned for arm in study.arms}
+    arms = {
+        arm.key: ArmFacts(key=arm.key, label=arm.label, description=arm.told())
+        for study in planned
+        for arm in study.arms
+    }
     return EvaluationFacts(
         name="What knowledge is worth",
-        data=f"{settings.data.format}: {table.num_rows:,} interactions of {users:,} users with {items:,} items",
+        data=(
+            f"{settings.data.format}: {table.num_rows:,} interactions of {users:,} users with {items:,} items; texts: "
+            + ", ".join(f"{VARIANTS[name]} {share:.0%}" for name, share in world.coverage.items())
+        ),
         arms=tuple(arms.values()),
         folds=evaluate.folds,
         seeds=evaluate.seeds,
@@ -78,7 +108,7 @@ def _facts(world: World, planned: Sequence[Study], outcomes: Sequence[Outcome]) 
             Planned(
                 suite=study.suite,
                 split=study.split,
-                backbone="" if arm.baseline else backbone,
+                backbone=backbone,
                 arm=arm.key,
                 folds=len(study.folds),
             )

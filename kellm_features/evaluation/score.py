@@ -61,7 +61,7 @@ def score_study(
         world: the evaluation.
         suite: what the study belongs to.
         split: family of its folds.
-        backbone: empty for closed forms.
+        backbone: closed forms are told beside each: what they are set against is its.
         outcomes: arm -> its trainings, of the same folds and seeds in the same order.
         references: key of an arm -> keys of the arms that it is set against.
 
@@ -75,7 +75,7 @@ def score_study(
     by_item = ClusterBootstrap(targets.item, samples, seed, targets.group)
     rows: list[ResultRow] = []
     for name, mask in targets.masks.items():
-        if mask.sum() < LEAST_EXAMPLES or targets.label[mask].all() or not targets.label[mask].any():
+        if mask.sum() < LEAST_EXAMPLES * targets.seeds or targets.label[mask].all() or not targets.label[mask].any():
             continue
         cluster = "item" if name in BY_ITEM else "user"
         draws = by_item if cluster == "item" else by_user
@@ -91,7 +91,7 @@ def score_study(
                             reference,
                             suite=suite,
                             split=split,
-                            backbone=backbone if arm.baseline is None else "",
+                            backbone=backbone,
                             arm=arm.key,
                             label=arm.label,
                             metric=metric,
@@ -107,12 +107,13 @@ def score_study(
 
 
 def with_holm(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Rows with p adjusted over the claims of a family: those of one suite, metric, slice and reference."""
+    """Rows with p adjusted over the claims of a family: those of one suite, backbone, metric, slice and reference."""
     found = list(rows)
     families: dict[tuple[str, ...], list[int]] = {}
     for place, row in enumerate(found):
         if row.p is not None:
-            families.setdefault((row.suite, row.split, row.metric, row.slice, row.reference), []).append(place)
+            family = (row.suite, row.split, row.backbone, row.metric, row.slice, row.reference)
+            families.setdefault(family, []).append(place)
     for places in families.values():
         adjusted = holm([found[place].p or 0.0 for place in places])
         for place, p in zip(places, adjusted, strict=True):
@@ -165,13 +166,14 @@ def _gather(
         data = load_fold(world, world.folds[outcome.cell.fold], None)
         masks.append(slices(data.item_count.numpy()[part["item"]], data.history_length.numpy()[part["user"]]))
     cells = [outcome.cell for outcome in first]
+    folds = len({cell.fold for cell in cells})
     targets = Targets(
         user=np.concatenate([part["user"] for part in shared]),
         item=np.concatenate([part["item"] for part in shared]),
         label=np.concatenate([part["label"] for part in shared]).astype(np.bool_),
         group=np.repeat(np.arange(len(shared)), [len(part["user"]) for part in shared]),
         masks={name: np.concatenate([mask[name] for mask in masks]) for name in masks[0]},
-        folds=len({cell.fold for cell in cells}),
-        seeds=len({cell.seed for cell in cells}),
+        folds=folds,
+        seeds=len(cells) // folds,
     )
     return targets, scores

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from kellm_features.errors import EvaluationError
 from kellm_features.evaluation.arms import (
     BASELINES,
     ID_5,
@@ -33,6 +36,7 @@ from kellm_features.evaluation.score import score_study, with_holm
 from kellm_features.evaluation.texts import CLOSED_BOOK, PAGE, TITLE
 from kellm_features.evaluation.world import World
 from kellm_features.progress import track
+from kellm_features.training.meter import TrainingDivergedError
 
 logger = logging.getLogger(__name__)
 
@@ -89,53 +93,72 @@ def studies(world: World, suite: SuiteName) -> list[Study]:
     return [study for study in found if study.folds]
 
 
-def run_suite(world: World, suite: SuiteName) -> tuple[list[ResultRow], list[Outcome]]:
-    """Train what is not yet trained, and score everything.
+@dataclass(frozen=True)
+class Progress:
+    """What is known after a study: rows, p-values adjusted, and the trainings they rest on."""
+
+    rows: list[ResultRow]
+    outcomes: list[Outcome]
+
+
+def run_suite(world: World, wanted: Sequence[Study]) -> Iterator[Progress]:
+    """Train what is not yet trained, and score it, study by study.
 
     Every arm of a study tries the same learning rates on the last fold from the first seed; the one with the best
     validation AUC is taken to all folds and seeds. While not all ten blocks of users are tested, no fold tests the
     users that the last one validates on. A cell that was finished by an earlier run is not trained again.
 
-    Returns:
-        The rows, p-values adjusted; and every training that they rest on.
+    Yields:
+        All that is known so far, after each study.
+
+    Raises:
+        TrainingDivergedError: a training diverged at every rate that its arm may try, or at the chosen one.
+        EvaluationError: a process that trained was killed.
     """
-    wanted = studies(world, suite)
+    rows: list[ResultRow] = []
+    outcomes: dict[Cell, Outcome] = {}
+    for study in wanted:
+        cells = _tuned_cells(world, study, outcomes)
+        outcomes |= _run(world, [cell for planned in cells.values() for cell in planned], f"train {study.suite}")
+        for backbone in study.backbones:
+            of_arms = {arm: [outcomes[cell] for cell in cells[backbone, arm]] for arm in study.arms}
+            rows += score_study(world, study.suite, study.split, backbone, of_arms, study.references)
+            if study.suite == "contrastive":
+                embedded = {arm.key: (arm.label, of_first_seed(found)) for arm, found in of_arms.items()}
+                rows += score_forms(world, backbone, embedded)
+        yield Progress(with_holm(rows), list(outcomes.values()))
+    if any(study.suite == "cold" for study in wanted):
+        rows += score_retrieval(world)
+        yield Progress(with_holm(rows), list(outcomes.values()))
+
+
+def _tuned_cells(world: World, study: Study, outcomes: dict[Cell, Outcome]) -> dict[tuple[str, Arm], list[Cell]]:
+    """The cells of each backbone and arm, at the rate that did best in its trials; those are added to `outcomes`."""
     settings = world.settings.evaluate
     rates = LEARNING_RATES[: settings.trials]
     trials = {
-        (place, backbone, arm): [_cell(study.folds[-1], backbone, arm, 0, rate) for rate in _rates(arm, rates)]
-        for place, study in enumerate(wanted)
+        (backbone, arm): [_cell(study.folds[-1], backbone, arm, 0, rate) for rate in _rates(arm, rates)]
         for backbone in study.backbones
         for arm in study.arms
     }
-    tried = _run(world, [cell for cells in trials.values() for cell in cells], "tune")
-    cells: dict[tuple[int, str, Arm], list[Cell]] = {}
-    for key, options in trials.items():
-        place, backbone, arm = key
-        best = max(options, key=lambda cell: tried[cell].valid_auc)
-        cells[key] = [
+    tried = _run(world, [cell for options in trials.values() for cell in options], f"tune {study.suite}", trial=True)
+    outcomes |= tried
+    cells = {}
+    for (backbone, arm), options in trials.items():
+        best = max(options, key=lambda cell: tried[cell].valid_auc if cell in tried else -math.inf)
+        cells[backbone, arm] = [
             _cell(fold, backbone, arm, seed, best.learning_rate)
-            for fold in wanted[place].folds
+            for fold in study.folds
             for seed in range(settings.seeds)
         ]
-    done = tried | _run(world, [cell for planned in cells.values() for cell in planned], "train")
-    rows: list[ResultRow] = []
-    with track("score", sum(len(study.backbones) for study in wanted), "studies") as advance:
-        for place, study in enumerate(wanted):
-            for backbone in study.backbones:
-                outcomes = {arm: [done[cell] for cell in cells[place, backbone, arm]] for arm in study.arms}
-                rows += score_study(world, study.suite, study.split, backbone, outcomes, study.references)
-                if study.suite == "contrastive":
-                    embedded = {arm.key: (arm.label, of_first_seed(found)) for arm, found in outcomes.items()}
-                    rows += score_forms(world, backbone, embedded)
-                advance()
-    if suite in ("cold", "all"):
-        rows += score_retrieval(world)
-    return with_holm(_once(rows)), list(done.values())
+    return cells
 
 
-def _run(world: World, cells: Iterable[Cell], what: str) -> dict[Cell, Outcome]:
-    """Outcomes of cells; those that are not on disk are trained, a process each, by fold so that its data are kept."""
+def _run(world: World, cells: Iterable[Cell], what: str, *, trial: bool = False) -> dict[Cell, Outcome]:
+    """Outcomes of cells; those that are not on disk are trained, a process each, by fold so that its data are kept.
+
+    A trial that diverges is left out: another rate may do.
+    """
     by_folder: dict[Path, list[Cell]] = {}  # arms of two studies may be one model
     for cell in dict.fromkeys(cells):
         by_folder.setdefault(cell_folder(world, cell), []).append(cell)
@@ -155,12 +178,24 @@ def _run(world: World, cells: Iterable[Cell], what: str) -> dict[Cell, Outcome]:
         futures = [pool.submit(run_cell, world, cell) for cell in left]
         try:
             for future in as_completed(futures):
-                outcome = future.result()
+                try:
+                    outcome = future.result()
+                except TrainingDivergedError as error:
+                    if not trial:
+                        raise
+                    logger.warning("a trial is left out: %s", error)
+                    advance()
+                    continue
                 for cell in by_folder[outcome.folder]:
                     found[cell] = replace(outcome, cell=cell)
                 advance(1, f"{outcome.cell.backbone} {outcome.cell.arm.key} {outcome.cell.fold}")
+        except BrokenProcessPool as error:
+            raise EvaluationError(
+                f"a process that trained was killed, for want of memory perhaps: lower evaluate.jobs (now {jobs}) and "
+                "call again; what was finished is kept"
+            ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return found
 
@@ -181,12 +216,3 @@ def _rates(arm: Arm, rates: Sequence[float]) -> Sequence[float]:
 
 def _family(world: World, name: str) -> tuple[str, ...]:
     return tuple(fold for fold, files in world.folds.items() if files.family == name)
-
-
-def _once(rows: Iterable[ResultRow]) -> Iterator[ResultRow]:
-    """Closed forms stand in the study of every backbone: keep the first of equal keys."""
-    seen = set()
-    for row in rows:
-        if row.key not in seen:
-            seen.add(row.key)
-            yield row

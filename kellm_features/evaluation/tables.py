@@ -22,6 +22,7 @@ RETRIEVAL = {
 """Metrics of retrieval and their heads; normalised: the true neighbours' scores over (10 + likes of the neighbour)."""
 METRICS = {"auc": "AUC", "log_loss": "LogLoss", "gauc": "GAUC", "ece": "ECE"} | RETRIEVAL
 SPLITS = {"A": "split A (KAR's)", "B": "split B (users)", "C": "split C (time)", "cold": "cold items"}
+LEVEL = 0.05
 _ANY = (COLD, ALL)
 """Slices that retrieval may be told under: its items are all cold."""
 _INTERVALS = "In brackets: 95 % intervals from a bootstrap over {clusters}. Differences are paired."
@@ -78,10 +79,10 @@ def p_of(row: ResultRow | None) -> float | None:
 
 
 def verdict(row: ResultRow | None) -> str:
-    """What the interval of a difference shows, by the metric's direction; an interval that touches 0 shows nothing."""
+    """What a difference shows, by the metric's direction: nothing where its interval touches 0, or Holm's p is 0.05."""
     if row is None or row.delta_low is None or row.delta_high is None:
         return UNMEASURED
-    if row.delta_low <= 0 <= row.delta_high:
+    if row.delta_low <= 0 <= row.delta_high or (row.p_holm is not None and row.p_holm >= LEVEL):
         return UNDECIDED
     more = row.delta_low > 0
     return HELPS if more != (row.metric in LOWER_IS_BETTER) else HURTS
@@ -95,7 +96,7 @@ def ladder(rows: Iterable[ResultRow], *, suite: Suite = "ctr", split: str = "B",
     """
     results = Results(rows)
     cold: tuple[str, str] = (
-        ("cold", "cold") if results.where(suite="cold", metric="auc", slice=COLD) else (suite, split)
+        ("cold", "cold") if suite == "ctr" and results.where(suite="cold", metric="auc", slice=COLD) else (suite, split)
     )
     against = results.label(reference, suite)
     columns = (
@@ -205,7 +206,9 @@ def text_variants(rows: Iterable[ResultRow], *, arms: Sequence[str] | None = Non
         *(Column(metric.replace(" ", "_"), head, "metric", "value") for metric, head in RETRIEVAL.items()),
     )
     note = (
-        "Normalised: true neighbours by score over (10 + likes of the neighbour), so that hubs have no advantage. "
+        "AUC: clicks on cold items, of a model with this text. Recall and NDCG: the adapted text by ridge transfer, "
+        "where each truth has the weight of popularity that validation items prefer. Normalised: true neighbours by "
+        "score over (10 + likes of the neighbour), so that hubs have no advantage. SWING by the preset yang. "
         f"{_clusters(results.where(suite='retrieval'))}"
     )
     return Grid("text_variants", "Text variants on cold items", columns, tuple(lines), note)
@@ -243,10 +246,37 @@ def contrastive_forms(rows: Iterable[ResultRow]) -> Grid:
     for key, head, delta, _, _ in questions:
         columns += [Column(f"delta_{key}", delta, "delta", "none"), Column(f"verdict_{key}", head, "verdict")]
     note = (
-        f"A form helps or hurts where the 95 % interval of its paired difference leaves 0 out; else {UNDECIDED}, which "
-        f"is not the same as none. {_clusters(results.where(suite='contrastive'))}"
+        "A form helps or hurts where the 95 % interval of its paired difference leaves 0 out and Holm's p, over the "
+        f"forms, is below {LEVEL}; else {UNDECIDED}, which is not the same as none. "
+        f"{_clusters(results.where(suite='contrastive'))}"
     )
     return Grid("contrastive_forms", "Forms of the contrastive term", tuple(columns), tuple(lines), note)
+
+
+def claims(rows: Iterable[ResultRow], *, reference: str = REFERENCE) -> Grid:
+    """Differences to other arms than `reference`: what a step adds to the one before it, and to its null."""
+    results = Results(rows)
+    lines: list[tuple[Cell, ...]] = []
+    for suite in ("ctr", "cold", "time"):
+        for row in results.where(suite=suite, metric="auc"):
+            if row.reference in ("", reference) or row.delta is None or row.slice not in (ALL, COLD):
+                continue
+            if row.slice == COLD and suite != "cold":
+                continue
+            names = (results.label(key, suite) for key in (row.arm, row.reference))
+            lines.append((suite, row.backbone or NOTHING, row.slice, *names, delta_of(row), p_of(row), verdict(row)))
+    columns = (
+        Column("suite", "suite", folds=True),
+        Column("backbone", "backbone", folds=True),
+        Column("slice", "slice", folds=True),
+        Column("label", "arm"),
+        Column("reference", "against"),
+        Column("delta_auc", "ΔAUC", "delta"),
+        Column("p_holm", "p", "p"),
+        Column("verdict", "verdict", "verdict"),
+    )
+    note = f"p is Holm's, over the claims against the same arm. {_clusters(results.where(suite='ctr'))}"
+    return Grid("claims", "What each step adds", columns, tuple(lines), note)
 
 
 def replication(rows: Iterable[ResultRow], *, ours: Mapping[str, str] = papers.OURS) -> Grid:
@@ -299,6 +329,9 @@ def all_tables(rows: Iterable[ResultRow], *, reference: str = REFERENCE) -> list
     for suite, build in plan:
         for split in results.names("split", suite=suite):
             grids.append(build(rows, suite=suite, split=split, reference=reference))
+    step_by_step = claims(rows, reference=reference)
+    if step_by_step.rows:
+        grids.append(step_by_step)
     if results.where(suite="retrieval"):
         grids.append(text_variants(rows))
     if results.where(suite="contrastive"):

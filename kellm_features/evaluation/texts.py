@@ -44,17 +44,20 @@ def read_descriptions(path: Path, item_ids: Sequence[Any]) -> dict[Any, str]:
     Raises:
         DataError: missing, unreadable, or about none of the items.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give --descriptions a JSON object of texts by item id, or Parquet")
+    if not path.is_file():
+        raise DataError(f"{path} is no file: give --descriptions a JSON object of texts by item id, or Parquet")
     texts: dict[str, str]
     if path.suffix == ".json":
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is not readable JSON: {error}") from error
-        if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        if not isinstance(found, dict):
             raise DataError(f"{path}: a JSON object of texts by item id is accepted, a {type(found).__name__} is seen")
-        texts = found
+        texts = {item_id: text or "" for item_id, text in found.items()}
+        wrong = [item_id for item_id, text in texts.items() if not isinstance(text, str)]
+        if wrong:
+            raise DataError(f"{path}: the text of item {wrong[0]!r} is a {type(texts[wrong[0]]).__name__}, not a text")
     else:
         from kellm_features.data.tables import read_frame
 

@@ -59,6 +59,8 @@ class World:
     item_vectors: Mapping[str, str]
     """Text variant -> file of (N, D) encodings, in the order of the catalogue."""
     folds: Mapping[str, FoldFiles]
+    coverage: Mapping[str, float]
+    """Text variant -> share of the items that have more of it than title and genres."""
 
     def items(self) -> Path:
         """`ITEMS` of the run."""
@@ -133,6 +135,7 @@ def load_fold(world: World, files: FoldFiles, seen: int | None) -> CtrData:
     history, seed = world.settings.history, world.settings.run.seed
     # A clock of whole days ties nearly everything: the strict rule would drop all targets of a history's last day.
     ties = "shuffle" if files.family == "A" else history.ties
+    seen = None if seen is None else min(seen, history.max_events)
     return _load(files, world.items(), world.users(), (history.max_events, ties, seed), seen)
 
 

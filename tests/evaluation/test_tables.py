@@ -127,6 +127,13 @@ def test_verdict_by_hand(metric: str, low: float | None, high: float | None, exp
     assert verdict(None) == UNMEASURED
 
 
+def test_a_verdict_needs_holm() -> None:
+    """An interval that leaves 0 out is one claim's; p after Holm is that of all."""
+    alone = row("a", **gain("b", 0.01, 0.005))
+    assert verdict(alone) == verdict(alone.model_copy(update={"p": 0.01, "p_holm": 0.049})) == HELPS
+    assert verdict(alone.model_copy(update={"p": 0.01, "p_holm": 0.05})) == UNDECIDED
+
+
 def test_contrastive_forms_join_clicks_cold_clicks_and_retrieval() -> None:
     scope: dict[str, Any] = {"suite": "contrastive"}
     cold = scope | {"split": "cold", "slice": "cold"}
@@ -181,7 +188,7 @@ def test_replication_sets_the_papers_beside_ours() -> None:
     given = [
         row("id-5", 0.7423),
         row("id-5", 0.7511, suite="replication", split="A"),
-        row("kellmrec", 0.7733, **gain("id-5", 0.031, 0.001)),
+        row("printed", 0.7733, **gain("id-5", 0.031, 0.001)),
     ]
     grid = replication(given)
     din = {"paper": "KELLMRec", "backbone": "din"}
@@ -212,7 +219,7 @@ def test_the_papers_differences_are_those_they_print() -> None:
 
 
 def test_keys_are_those_of_the_arms() -> None:
-    known = {arm.key for arm in arms.ladder()}
+    known = {arm.key for arm in arms.ladder(["title", "digest", "page", "closed-book"])}
     assert arms.REFERENCE == REFERENCE
     assert set(papers.OURS.values()) <= known
     assert {figure.arm for figure in papers.FIGURES} >= set(papers.OURS)
@@ -274,7 +281,7 @@ def test_the_terminal_shows_every_figure_within_its_width() -> None:
 def test_write_tables(tmp_path: Path, rows: list[ResultRow]) -> None:
     paths = write_tables(rows, tmp_path / "out")
     assert [path.name for path in paths] == [
-        "tables.md", "ladder.csv", "slices.csv", "slices_cold_cold.csv", "replication.csv",
+        "tables.md", "ladder.csv", "slices.csv", "slices_cold_cold.csv", "claims.csv", "replication.csv",
     ]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
     lines = list(csv.DictReader(paths[1].read_text(encoding="utf-8").splitlines()))
