@@ -30,7 +30,7 @@ def test_descriptions_of_json_and_parquet(tmp_path: Path) -> None:
     [
         ("{", "not readable JSON"),
         ("[1]", "a list is seen"),
-        ('{"1": 2}', "texts by item id"),
+        ('{"1": 2}', "is of type int, not text"),
         ('{"77": "x"}', "none of"),
     ],
 )
@@ -42,7 +42,7 @@ def test_descriptions_that_are_none(tmp_path: Path, content: str, told: str) -> 
 
 
 def test_descriptions_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="is no file"):
         read_descriptions(tmp_path / "no.json", [1])
 
 
