@@ -6,7 +6,8 @@ Both train the same model, with text and the contrastive terms of both sides, on
 `peers_train.py` for what the plain loop does. Without `--run` the interactions are MovieLens-100K's, and encodings and
 pairs are random: they have the shapes of real ones (384 numbers, 20 neighbours), and the cost is the same. An epoch
 to warm up goes before the one that is measured, and variants take turns, in another order every turn. Each process
-has `--threads` threads; `cpu_s` is of all processes, and `ctr` the cross entropy of the measured epoch.
+has `--threads` threads; `cpu_s` is of all processes, and `ctr` the cross entropy of the measured epoch. With
+`--device cuda` the machine's name ends in the GPU's; two ranks need two of them.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from kellm_features.schemas import INTERACTIONS, ITEM_ENCODINGS, ITEMS, USER_ENC
 from kellm_features.settings import Settings, TrainSettings
 from kellm_features.stages import StageContext
 from kellm_features.training.data import CtrData, Examples, build_ctr_data
+from kellm_features.training.device import take_gpu
 from kellm_features.training.encodings import read_encodings
 from kellm_features.training.knowledge import KnowledgeAugmented
 from kellm_features.training.pairs import PositiveSampler, read_pairs
-from kellm_features.training.ranks import Ranks
+from kellm_features.training.ranks import Ranks, backend
 from kellm_features.training.stage import build_model
 from kellm_features.training.trainer import Trainer
 from kellm_features.usage import Usage, measure
@@ -90,12 +92,13 @@ def main() -> None:
     parser.add_argument("--impl", action="append", choices=list(VARIANTS))
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each process that computes")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--commit", help="instead of asking git")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     world = read_world(options.run, options.examples)
     place = {
-        "machine": processor(),
+        "machine": machine(options.device),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "python": platform.python_version(),
@@ -105,19 +108,24 @@ def main() -> None:
     }
     impls = options.impl or list(VARIANTS)
     for backbone in options.backbone or ["deepfm", "din", "dien"]:
-        require_equal(world, train_settings(backbone, options.batch_size))
+        require_equal(world, train_settings(backbone, options.batch_size, options.device))
         for turn in range(options.turns):
             for impl in impls if turn % 2 == 0 else impls[::-1]:
-                settings = train_settings(backbone, options.batch_size, **VARIANTS[impl])
+                settings = train_settings(backbone, options.batch_size, options.device, **VARIANTS[impl])
                 row = run(impl, world, settings, options)
                 row |= {"turn": turn + 1, "threads": options.threads, **place}
                 print(*(f"{name} {row[name]}" for name in COLUMNS[5:20]), sep=", ", flush=True)
                 append(row)
 
 
-def train_settings(backbone: str, batch_size: int, **variant: Any) -> TrainSettings:
+def machine(device: str) -> str:
+    """The processor, and the GPU where one is trained on."""
+    return processor() if device == "cpu" else f"{processor()}, {torch.cuda.get_device_name(torch.device(device))}"
+
+
+def train_settings(backbone: str, batch_size: int, device: str, **variant: Any) -> TrainSettings:
     """The defaults, without what the paper has not: every step is a joint one, of vectors side by side."""
-    fixed = {"schedule": "joint", "affinity": "none", "epochs": 2, "patience": 0, "device": "cpu"}
+    fixed = {"schedule": "joint", "affinity": "none", "epochs": 2, "patience": 0, "device": device}
     return TrainSettings(backbone=backbone, batch_size=batch_size, **fixed, **variant)
 
 
@@ -246,9 +254,10 @@ def rank(
     """One rank's part."""
     torch.set_num_threads(threads)
     world = read_world(run_dir, examples)
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=settings.ranks)
+    device = take_gpu(settings, number)
+    dist.init_process_group(backend(device), init_method=meeting, rank=number, world_size=settings.ranks)
     try:
-        return train(world, settings, Ranks.joined(torch.device("cpu")))
+        return train(world, settings, Ranks.joined(device))
     finally:
         dist.destroy_process_group()
 

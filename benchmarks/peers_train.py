@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kellm_features.settings import TrainSettings
 from kellm_features.training.data import ATTRIBUTES, HISTORY_DROPOUT, ID_DROPOUT, CtrData
+from kellm_features.training.device import training_device
 from kellm_features.training.features import DISLIKED, LIKED, Bag, Features
 from kellm_features.training.knowledge import KnowledgeAugmented
 from kellm_features.training.optimizer import joint_optimizer
@@ -97,13 +98,15 @@ class PlainLoop:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = model
-        self.encodings = encodings
+        self.device = training_device(settings)
+        self.model = model.to(self.device)
+        self.encodings = {side: vectors.to(self.device) for side, vectors in encodings.items()}
         self.samplers = samplers
         self.settings = settings
         self.generator = torch.Generator().manual_seed(seed)
         groups = joint_optimizer(model, settings).param_groups  # the rates are the model's, the kernels PyTorch's own
-        self.optimizer = torch.optim.AdamW([{name: group[name] for name in ("params", "lr")} for group in groups])
+        named = ("params", "lr", "weight_decay")
+        self.optimizer = torch.optim.AdamW([{name: group[name] for name in named} for group in groups])
         train = data.examples["train"]
         self.loader = DataLoader(
             TensorDataset(train.user, train.item, train.label),
@@ -118,11 +121,13 @@ class PlainLoop:
         total = 0.0
         self.model.train()
         for user, item, label, features in self.loader:
-            ids = {"user": user, "item": item}
+            ids, label = {"user": user, "item": item}, label.to(self.device)
             embeddings = {
                 side: adapter(self.encodings[side][ids[side]]) for side, adapter in self.model.adapters.items()
             }
-            ctr = functional.binary_cross_entropy_with_logits(self.model.logits(features, embeddings), label)
+            ctr = functional.binary_cross_entropy_with_logits(
+                self.model.logits(features.to(self.device), embeddings), label
+            )
             loss = ctr
             for side, z in embeddings.items():
                 loss = loss + self.settings.weight * self.contrastive(side, ids[side], z)
@@ -138,7 +143,7 @@ class PlainLoop:
         positives = self.samplers[side].sample(ids[has_positive], self.generator)
         z_positive = self.model.adapters[side](self.encodings[side][positives])
         logits = z[has_positive] @ z_positive.T / self.settings.temperature
-        return functional.cross_entropy(logits, torch.arange(len(logits)), reduction="sum")
+        return functional.cross_entropy(logits, torch.arange(len(logits), device=self.device), reduction="sum")
 
 
 def shares(weights: Tensor) -> Tensor:

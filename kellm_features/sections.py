@@ -385,7 +385,7 @@ class EvaluateSettings(Section):
     ] = ["deepfm", "din", "dien"]
     cold_backbones: Annotated[
         list[Literal["deepfm", "din", "dien"]], Field(min_length=1, description="on cold items and on the time split")
-    ] = ["din"]
+    ] = ["deepfm"]
     folds: Annotated[int, Field(ge=1, le=10, description="of ten blocks of users, how many are tested in turn")] = 3
     cold_folds: Annotated[int, Field(ge=1, le=10, description="draws of cold items, each with a block of users")] = 2
     cold_share: Annotated[float, Field(gt=0, lt=1, description="of the items, left without any train interaction")] = (
@@ -395,7 +395,7 @@ class EvaluateSettings(Section):
     trials: Annotated[
         int, Field(ge=1, le=4, description="learning rates that each arm may try on the last fold's validation part")
     ] = 2
-    epochs: PositiveInt = 4
+    epochs: PositiveInt = 3
     patience: Annotated[int, Field(ge=1, description="epochs without a better validation AUC before stopping")] = 1
     batch_size: PositiveInt = 4096
     hidden: Annotated[int, Field(gt=0, description="width of the adapters, for vectors side by side")] = 64

@@ -23,7 +23,9 @@ def train(
     from_epoch: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Train on from this epoch's checkpoint (0: after the warm-up); later ones are dropped."
+            min=0,
+            help="Train on from this epoch's checkpoint; later ones are dropped. 0: from the end of the warm-up where "
+            "that is kept, else from the start.",
         ),
     ] = None,
 ) -> None:

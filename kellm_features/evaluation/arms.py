@@ -33,6 +33,8 @@ class Arm:
     """Events of the history that the model sees, the newest; None: all that the roles keep."""
     text: str | None = None
     """Variants of the item text, joined by +; None: a model without text."""
+    profile: bool = False
+    """Whether the user's profile is given as well."""
     rows: Rows = "own"
     """`shuffled`: each item has another's vector; `noise`: normal noise of the same moments. Nulls."""
     pairs: Literal["swing", "random"] = "swing"
@@ -53,7 +55,8 @@ class Arm:
         rows = {"own": "", "shuffled": ", of another item or user each", "noise": ", replaced by noise"}[self.rows]
         values = ", ".join(f"{name} = {value}" for name, value in self.train)
         pairs = ", random pairs" if self.pairs == "random" else ""
-        return f"{seen}; profile and {self.text.replace('+', ' | ')}{rows}{pairs}; {values}"
+        profile = "profile and " if self.profile else ""
+        return f"{seen}; {profile}{self.text.replace('+', ' | ')}{rows}{pairs}; {values}"
 
 
 CONTRASTIVE = changes(
@@ -83,9 +86,14 @@ def all_texts(variants: Collection[str]) -> Arm:
     return Arm("knowledge", f"+ {text.replace('+', ' | ')}", text=text)
 
 
+def profile_arm(variants: Collection[str]) -> Arm:
+    """The user's profile beside the item's texts, as KAR and KELLMRec have it."""
+    return replace(all_texts(variants), key="profile", label="+ user profile", profile=True)
+
+
 def printed_arm(variants: Collection[str]) -> Arm:
-    """KELLMRec's own form: vectors concatenated, both contrastive terms in one loss with the clicks."""
-    return replace(all_texts(variants), key="printed", label="+ contrastive, as printed", train=PRINTED)
+    """KELLMRec's own form: profile and texts concatenated, both contrastive terms in one loss with the clicks."""
+    return replace(profile_arm(variants), key="printed", label="+ contrastive, as printed", train=PRINTED)
 
 
 def affinity_arm(variants: Collection[str]) -> Arm:
@@ -116,8 +124,9 @@ def ladder(variants: Collection[str]) -> list[Arm]:
     Args:
         variants: the texts that are there.
     """
-    knowledge = [all_texts(variants), printed_arm(variants), affinity_arm(variants), kellmrec_arm(variants)]
-    return [ID_5, ID_30, *single_texts(variants), *knowledge, *nulls(variants)]
+    papers = [all_texts(variants), profile_arm(variants), printed_arm(variants)]
+    ours = [affinity_arm(variants), kellmrec_arm(variants)]
+    return [ID_5, ID_30, *single_texts(variants), *papers, *ours, *nulls(variants)]
 
 
 def forms(variants: Collection[str]) -> list[Arm]:
@@ -131,15 +140,20 @@ def forms(variants: Collection[str]) -> list[Arm]:
         train = changes(CONTRASTIVE, affinity="history", **values)
         return replace(model, key=key, label=label, pairs=pairs, train=train)
 
+    with_profile = replace(model, profile=True)
     return [
         replace(model, key="none", label="no contrastive term"),
-        replace(model, key="printed", label="joint, as printed", train=changes(PRINTED, affinity="history")),
-        form("mean-0.1", "joint, mean, w = 0.1, item side", weight=0.1, schedule="joint"),
-        form("mean-0.01", "joint, mean, w = 0.01, item side", schedule="joint"),
+        form("printed-item", "joint, item side, as printed (w = 1.024 of a mean)", schedule="joint", weight=1.024),
+        form("mean-0.1", "joint, item side, mean, w = 0.1", schedule="joint", weight=0.1),
+        form("mean-0.01", "joint, item side, mean, w = 0.01", schedule="joint"),
         form("pretrain", "pretrained, then joint, item side"),
         form("alternating", "alternating, item side", schedule="alternating"),
-        form("user", "pretrained, then joint, user side", sides="user"),
-        form("both", "pretrained, then joint, both sides", sides="both"),
         form("normalized", "pretrained, normalised pairs", positives="normalized"),
         form("random", "pretrained, random pairs", pairs="random"),
+        replace(with_profile, key="none-profile", label="with profile, no contrastive term"),
+        replace(form("user", "with profile: pretrained, user side", sides="user"), profile=True),
+        replace(form("both", "with profile: pretrained, both sides", sides="both"), profile=True),
+        replace(
+            with_profile, key="printed", label="with profile: as printed", train=changes(PRINTED, affinity="history")
+        ),
     ]

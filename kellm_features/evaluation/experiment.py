@@ -30,6 +30,7 @@ from kellm_features.training.trainer import score
 PREDICTIONS = "predictions.parquet"
 ITEM_EMBEDDINGS = "item_embeddings.npy"
 RESULT = "cell.json"
+_NAMES = ("key", "label")
 
 LEARNING_RATES = (1e-3, 5e-4, 2e-3, 2.5e-4)
 """Of the backbone, tried in this order: an arm of n trials has the first n. Adapters learn at `ADAPTER_RATE` of it."""
@@ -91,7 +92,10 @@ def train_settings(world: World, cell: Cell) -> TrainSettings:
 def cell_folder(world: World, cell: Cell) -> Path:
     """Where a cell's result stands: named by a hash of everything that shapes it."""
     files = world.folds[cell.fold]
-    arm = {name: value for name, value in asdict(cell.arm).items() if name not in ("key", "label")}
+    plain = asdict(
+        Arm("", "")
+    )  # what an arm does not say does not name it: a field that is added later changes nothing
+    arm = {name: value for name, value in asdict(cell.arm).items() if name not in _NAMES and value != plain[name]}
     texts = [world.item_vectors[name] for name in cell.arm.text.split("+")] if cell.arm.text else []
     trained = train_settings(world, cell).model_dump_json(exclude={"device", "compile"}) if cell.backbone else ""
     parts = {
@@ -100,7 +104,7 @@ def cell_folder(world: World, cell: Cell) -> Path:
         "fold": f"{files.name} {files.split_hash} {files.content_hash} {files.select_on}",
         "history": world.settings.history.model_dump_json(),
         "swing": world.settings.swing.model_dump_json(),
-        "texts": " ".join([*texts, files.user_vectors]) if texts else "",
+        "texts": " ".join([*texts, files.user_vectors] if cell.arm.profile else texts),
         "seed": f"{cell.seed} {world.settings.run.seed}",
         "version": f"{kellm_features.__version__} torch {torch.__version__}",
     }

@@ -96,7 +96,7 @@ OURS: Mapping[str, str] = {
     "LLMRec": "closed-book",
     "KAR": "closed-book",
     "KELLMRec": "printed",
-    "KELLMRec without contrastive terms": "knowledge",
+    "KELLMRec without contrastive terms": "profile",
 }
 """A paper's arm -> the key of ours (`arms`) that is nearest; what has no counterpart here is left out."""
 

@@ -28,6 +28,7 @@ from kellm_features.evaluation.arms import (
     kellmrec_arm,
     ladder,
     printed_arm,
+    profile_arm,
 )
 from kellm_features.evaluation.experiment import LEARNING_RATES, Cell, Outcome, cell_folder, finished, run_cell
 from kellm_features.evaluation.results import ResultRow, Suite
@@ -61,13 +62,15 @@ def studies(world: World, suite: SuiteName) -> list[Study]:
     settings = world.settings.evaluate
     variants = list(world.item_vectors)
     rungs = ladder(variants)
-    knowledge, affinity, kellmrec = all_texts(variants), affinity_arm(variants), kellmrec_arm(variants)
+    knowledge, profile = all_texts(variants), profile_arm(variants)
+    affinity, kellmrec = affinity_arm(variants), kellmrec_arm(variants)
     references: dict[str, tuple[str, ...]]
     references = {arm.key: (REFERENCE,) for arm in (*BASELINES, *rungs) if arm.key != REFERENCE}
     references |= {
         CLOSED_BOOK: (REFERENCE, ID_5.key),
         knowledge.key: (REFERENCE, TITLE, CLOSED_BOOK, PAGE),
-        "printed": (REFERENCE, ID_5.key, CLOSED_BOOK, knowledge.key),
+        profile.key: (REFERENCE, knowledge.key),
+        "printed": (REFERENCE, ID_5.key, CLOSED_BOOK, profile.key),
         affinity.key: (REFERENCE, knowledge.key, "shuffled", "noise"),
         kellmrec.key: (REFERENCE, affinity.key, "random-pairs", CLOSED_BOOK, ID_5.key),
     }
@@ -76,7 +79,7 @@ def studies(world: World, suite: SuiteName) -> list[Study]:
     found = []
     if suite in ("ctr", "all"):
         closed_book = [arm for arm in rungs if arm.key == CLOSED_BOOK]
-        short = (ID_5, ID_30, *closed_book, knowledge, printed_arm(variants), affinity, kellmrec)
+        short = (ID_5, ID_30, *closed_book, knowledge, profile, printed_arm(variants), affinity, kellmrec)
         found += [
             Study("ctr", "B", backbones, (*BASELINES, *rungs), b, references),
             Study("replication", "A", backbones, short, a, references),
@@ -84,7 +87,10 @@ def studies(world: World, suite: SuiteName) -> list[Study]:
         ]
     if suite in ("cold", "all"):
         contrastive = tuple(forms(variants))
-        against_none = {arm.key: (contrastive[0].key,) for arm in contrastive[1:]}
+        against_none = {
+            arm.key: ("none-profile" if arm.profile and arm.key != "none-profile" else "none",)
+            for arm in contrastive[1:]
+        }
         arms = (*BASELINES, *(arm for arm in rungs if arm.key not in (ID_5.key, "random-pairs")))
         found += [
             Study("cold", "cold", cold_backbones, arms, cold, references),

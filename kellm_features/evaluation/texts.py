@@ -57,7 +57,9 @@ def read_descriptions(path: Path, item_ids: Sequence[Any]) -> dict[Any, str]:
         texts = {item_id: text or "" for item_id, text in found.items()}
         wrong = [item_id for item_id, text in texts.items() if not isinstance(text, str)]
         if wrong:
-            raise DataError(f"{path}: the text of item {wrong[0]!r} is of type {type(texts[wrong[0]]).__name__}, not text")
+            raise DataError(
+                f"{path}: the text of item {wrong[0]!r} is of type {type(texts[wrong[0]]).__name__}, not text"
+            )
     else:
         from kellm_features.data.tables import read_frame
 

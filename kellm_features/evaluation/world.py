@@ -166,7 +166,9 @@ def load_encodings(world: World, files: FoldFiles, arm: Arm, seed: int) -> dict[
     if arm.text is None:
         return {}
     item = np.concatenate([_vectors(world, world.item_vectors[name]) for name in arm.text.split("+")], axis=1)
-    found = {"user": _vectors(world, files.user_vectors), "item": item}
+    found = {"item": item}
+    if arm.profile:
+        found = {"user": _vectors(world, files.user_vectors), "item": item}
     rng = np.random.default_rng([seed, 1])
     if arm.rows == "shuffled":
         found = {side: rng.permutation(vectors, axis=0) for side, vectors in found.items()}

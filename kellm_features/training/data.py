@@ -236,7 +236,9 @@ def build_ctr_data(
         item_mean=_item_mean(roles[train], len(item_ids)),
         item_count=torch.from_numpy(np.bincount(roles.loc[train, "item"], minlength=len(item_ids))),
         train_likes={
-            side: np.bincount(pd.Index(ids).get_indexer(pd.Index(likes[f"{side}_id"])), minlength=len(ids))
+            side: np.bincount(
+                positions(ids, likes[f"{side}_id"].to_numpy(), f"{side}_id", "interactions"), minlength=len(ids)
+            )
             for side, ids in (("item", item_ids), ("user", user_ids))
         },
         history_length=torch.from_numpy(np.bincount(past["user"], minlength=len(user_ids))),

@@ -23,7 +23,7 @@ class Bag:
 
     def to(self, device: torch.device) -> Bag:
         """The same on a device."""
-        return Bag(self.ids.to(device, non_blocking=True), self.weights.to(device, non_blocking=True))
+        return Bag(self.ids.to(device), self.weights.to(device))
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Features:
         return Features(
             fields={name: bag.to(device) for name, bag in self.fields.items()},
             items={name: bag.to(device) for name, bag in self.items.items()},
-            target=self.target.to(device, non_blocking=True),
-            history=self.history.to(device, non_blocking=True),
-            flags=self.flags.to(device, non_blocking=True),
-            places=self.places.to(device, non_blocking=True),
+            target=self.target.to(device),
+            history=self.history.to(device),
+            flags=self.flags.to(device),
+            places=self.places.to(device),
         )

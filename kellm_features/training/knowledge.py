@@ -106,11 +106,12 @@ class KnowledgeAugmented(nn.Module):
             a DNN sees how near v is to the item as a linear function of its input. √E makes them as large as a unit
             vector's own components. `profile`: v is the user's vector. `history`: two products, of the mean vectors of
             the items that the user liked and disliked before, all through the one adapter of items, so that a cold item
-            is near or far as any other. `none`: KELLMRec, which concatenates only.
+            is near or far as any other. `none`: KELLMRec, which concatenates only. Without the adapters that it takes,
+            both for `profile` and the items' for `history`, it becomes `none`: so a model without text is built alike.
         gather: contrast over the batches of all ranks, as in `AdapterInfoNCE`; P must then be equal on all of them.
 
     Raises:
-        ValueError: a reduction that is no scalar, or a side without an adapter.
+        ValueError: a reduction that is no scalar, a side without an adapter, or an unknown affinity.
     """
 
     def __init__(
@@ -137,8 +138,7 @@ class KnowledgeAugmented(nn.Module):
         self.contrast = AdapterInfoNCE(temperature=temperature, reduction=reduction, gather=gather, impl=impl)
         self.weight = weight
         self.sides = tuple(side for side in self.adapters if sides is None or side in sides)
-        needed = {"none": set(), "profile": {"user", "item"}, "history": {"item"}}[affinity]
-        self.affinity: Affinity = affinity if set(self.adapters) >= needed else "none"
+        self.affinity: Affinity = affinity if set(self.adapters) >= _adapters_of(affinity) else "none"
         self._has_second_loss = isinstance(backbone, SecondLoss)
 
     @property
@@ -288,7 +288,7 @@ def knowledge_width(adapters: Mapping[str, nn.Module] | nn.ModuleDict, *, affini
     """K, width of the knowledge that a backbone beside these adapters gets: what it is built for.
 
     Raises:
-        ValueError: an adapter does not say its `out_dim`.
+        ValueError: an adapter does not say its `out_dim`, or an unknown affinity.
     """
     widths: dict[str, int] = {}
     for side, adapter in adapters.items():
@@ -296,5 +296,14 @@ def knowledge_width(adapters: Mapping[str, nn.Module] | nn.ModuleDict, *, affini
         if not isinstance(width, int):
             raise ValueError(f"the adapter of {side!r} has out_dim={width!r}: give it an int `out_dim`, its width")
         widths[side] = width
-    products = {"none": 0, "profile": int(set(widths) >= {"user", "item"}), "history": len(PAST)}[affinity]
-    return sum(widths.values()) + products * widths.get("item", 0)
+    products = {"none": 0, "profile": 1, "history": len(PAST)}
+    given = set(widths) >= _adapters_of(affinity)
+    return sum(widths.values()) + (products[affinity] * widths["item"] if given and affinity != "none" else 0)
+
+
+def _adapters_of(affinity: Affinity) -> set[str]:
+    """The adapters that its products are made of."""
+    needed: dict[str, set[str]] = {"none": set(), "profile": {"user", "item"}, "history": {"item"}}
+    if affinity not in needed:
+        raise ValueError(f"affinity={affinity!r}: {', '.join(map(repr, needed))} are accepted")
+    return needed[affinity]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from kellm_features.errors import DataError, KellmError, MissingExtraError, first_line
 from kellm_features.settings import Settings
 from kellm_features.stages import StageReport
+from kellm_features.training.device import named_device, require_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,12 @@ _STAGE_REPORT = TypeAdapter(StageReport)
 # torchrun's summary of a failure, the only word of it that Spark hands on: "rank : 1 (local_rank: 1)", "exitcode : -9".
 _TORCHRUN_FAILURE = re.compile(r"\brank\s*:\s*(\d+) \(local_rank.*?\bexitcode\s*:\s*(-?\d+)", re.DOTALL)
 
+_AGENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_LOCAL_MASTER = re.compile(r"local(\[.*\])?")
+
 
 class RankFailedError(KellmError):
-    """A rank ended before the training did; nothing was written but the checkpoints of finished epochs."""
+    """A rank raised an error or was killed, or the first one left no report; finished epochs' checkpoints stay."""
 
 
 class Job(BaseModel):
@@ -47,6 +52,8 @@ class Job(BaseModel):
     threads: int | None = None
     """Of PyTorch, in each rank; None: as it likes."""
     log_level: int = logging.WARNING
+    launcher: int | None = None
+    """The process that starts the ranks, as their parent; None: another one does, here or elsewhere."""
 
     @classmethod
     def of(
@@ -61,6 +68,8 @@ class Job(BaseModel):
         """A job for ranks that may start in other folders."""
         here = settings.train.launcher == "torchrun"
         needed = {name: getattr(settings, name) for name in ("run", "data", "history", "train")}
+        if (board := settings.train.tensorboard) is not None:
+            needed["train"] = settings.train.model_copy(update={"tensorboard": board.resolve()})
         return cls(
             settings=Settings(**needed),
             inputs={name: path.resolve() for name, path in inputs.items()},
@@ -69,6 +78,7 @@ class Job(BaseModel):
             resume_from=resume_from,
             threads=max(1, torch.get_num_threads() // settings.train.ranks) if here else None,
             log_level=logging.getLogger("kellm_features").getEffectiveLevel(),
+            launcher=os.getpid() if here else None,
         )
 
     @classmethod
@@ -124,9 +134,12 @@ def run_ranks(job: Job, folder: Path, settings: Settings) -> StageReport:
         settings: the launcher's: train and spark.
 
     Raises:
+        ConfigError: a device that is not there, or fewer GPUs than ranks.
         RankFailedError: a rank raised an error or was killed; the others are stopped.
         MissingExtraError: `launcher = "spark"` without pyspark.
     """
+    if settings.train.launcher == "torchrun":
+        require_gpus(settings.train)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = folder.resolve() / "job.json"
@@ -170,11 +183,12 @@ def _by_spark(path: Path, settings: Settings) -> None:
     from kellm_spark.session import get_session
 
     session = get_session(settings.spark)
-    train = settings.train
+    train, named = settings.train, named_device(settings.train)
     distributor = TorchDistributor(
         num_processes=train.ranks,
-        local_mode=(session.conf.get("spark.master") or "local").startswith("local"),
-        use_gpu=torch.cuda.is_available() if train.device is None else torch.device(train.device).type == "cuda",
+        # `local-cluster[…]` has executors of its own.
+        local_mode=_LOCAL_MASTER.fullmatch(session.conf.get("spark.master") or "local") is not None,
+        use_gpu=torch.cuda.is_available() if named is None else named.type == "cuda",
     )
     try:
         with redirect_stdout(sys.stderr):  # it prints the ranks' lines, and stdout is for results
@@ -203,10 +217,10 @@ def _blame(folder: Path, exit_codes: Mapping[int, int], ranks: int) -> str:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """The elastic agent takes SIGINT and SIGTERM over and keeps them: give them back, and Ctrl-C its own name."""
+    """The elastic agent takes signals over and keeps them: give them back, and Ctrl-C its own name."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    taken = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    taken = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     try:
         yield
     except SignalException as error:

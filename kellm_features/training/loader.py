@@ -194,13 +194,22 @@ class BatchLoader:
 
 
 def write_examples(examples: Examples, path: Path, group_rows: int = ROW_GROUP) -> None:
-    """Write a Parquet file with the columns `EXAMPLES`; it appears under its name when it is whole."""
+    """Write a Parquet file with the columns `EXAMPLES`; it appears under its name when it is whole.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     columns = (examples.user.int(), examples.item.int(), examples.label > 0)
     table = pa.Table.from_arrays([pa.array(column.numpy()) for column in columns], schema=EXAMPLES)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, row_group_size=group_rows)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary, row_group_size=group_rows)
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or first_line(error)}): free space or choose another folder"
+        ) from error
 
 
 class _Stream(IterableDataset[Any]):

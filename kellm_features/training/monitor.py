@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from kellm_features.errors import MissingExtraError
+from kellm_features.errors import ConfigError, MissingExtraError, first_line
 
 
 class Monitor(Protocol):
@@ -46,6 +46,7 @@ class TensorBoard(AbstractContextManager["TensorBoard"]):
         warmup_steps: how many there are; they count below 0 for whoever calls.
 
     Raises:
+        ConfigError: the folder cannot be written to.
         MissingExtraError: tensorboard is not installed.
     """
 
@@ -55,7 +56,14 @@ class TensorBoard(AbstractContextManager["TensorBoard"]):
         except ImportError as error:
             raise MissingExtraError("tensorboard", "tensorboard", "train.tensorboard") from error
         purge = None if resumed_at is None else resumed_at + warmup_steps
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge)
+        except OSError as error:
+            why = error.strerror or first_line(error)
+            raise ConfigError(
+                f"train.tensorboard = {str(folder)!r} cannot be written to ({why}): name a folder, which is made where "
+                "it is missing"
+            ) from error
         self._warmup_steps = warmup_steps
 
     def step(self, row: Mapping[str, float]) -> None:

@@ -46,6 +46,10 @@ class Ranks:
         heard: list[float] = message.tolist()
         return heard
 
+    def after_first(self) -> None:
+        """Wait until the first rank is here too: what it wrote before can then be read."""
+        self.told([0.0])
+
 
 def backend(device: torch.device) -> Literal["nccl", "gloo"]:
     """What ranks on such a device talk through."""

@@ -13,10 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -30,10 +26,12 @@ from kellm_features.training.adapter import Standardized
 from kellm_features.training.backbones import build_backbone
 from kellm_features.training.checkpoint import save_adapters, save_module
 from kellm_features.training.data import FIELDS, SPLITS, CtrData, build_ctr_data
-from kellm_features.training.encodings import Encodings, Ids, id_array, positions, read_encodings
+from kellm_features.training.device import training_device
+from kellm_features.training.encodings import Encodings, read_encodings
 from kellm_features.training.experts import build_adapters
 from kellm_features.training.knowledge import KnowledgeAugmented, knowledge_width
 from kellm_features.training.launch import Job, run_ranks
+from kellm_features.training.loader import ExampleFiles, ExampleSource, write_examples
 from kellm_features.training.neighbors import neighbor_recall
 from kellm_features.training.pairs import PositiveSampler, read_pairs
 from kellm_features.training.ranks import Ranks
@@ -62,19 +60,29 @@ def resuming_from(epoch: int | None) -> Iterator[None]:
 def run(ctx: StageContext) -> StageReport:
     """Train, here or on ranks; writes adapter.safetensors, backbone.safetensors, metrics.json and curves.json.
 
-    Checkpoints stay below `ctx.work` until other settings or inputs are trained on.
+    Checkpoints stay below `ctx.work` until a training with other settings or inputs has finished; one with more epochs
+    goes on from them.
 
     Raises:
+        ConfigError: a device that is not there, more ranks than GPUs, a TensorBoard folder that cannot be written to.
         DataError: ids that the catalogue lacks, missing or unusable encodings, pairs or labels.
-        ArtifactError: the epoch of `resuming_from` is not kept, or damaged.
+        ArtifactError: the epoch of `resuming_from` is not kept, damaged, or above `train.epochs`.
         TrainingDivergedError: the loss became NaN or infinite.
-        RankFailedError: a rank ended before the training did.
+        RankFailedError: a rank failed, for one of these reasons or another, or was killed.
     """
-    settings = ctx.settings
     checkpoints = ctx.work / _key(ctx)
-    _drop_others(checkpoints)
-    if settings.train.ranks == 1:
-        return train(settings, ctx.input, ctx.out, checkpoints, resume_from=_resume_from.get())
+    report = _train_here(ctx, checkpoints) if ctx.settings.train.ranks == 1 else _train_on_ranks(ctx, checkpoints)
+    _drop_others(checkpoints)  # not before: a slip in the settings should cost no checkpoint
+    return report
+
+
+def _train_here(ctx: StageContext, checkpoints: Path) -> StageReport:
+    training_device(ctx.settings.train)  # inputs take long to read: refuse before
+    return train(ctx.settings, ctx.input, ctx.out, checkpoints, resume_from=_resume_from.get())
+
+
+def _train_on_ranks(ctx: StageContext, checkpoints: Path) -> StageReport:
+    settings = ctx.settings
     job = Job.of(
         settings,
         inputs={name: artifact.path for name, artifact in ctx.inputs.items()},
@@ -82,7 +90,7 @@ def run(ctx: StageContext) -> StageReport:
         checkpoints=checkpoints,
         resume_from=_resume_from.get(),
     )
-    return run_ranks(job, ctx.work / "ranks", ctx.settings)
+    return run_ranks(job, ctx.work / "ranks", settings)
 
 
 def train(
@@ -96,6 +104,8 @@ def train(
 ) -> StageReport:
     """What `run` does, in this process or as one rank of several, of which the first writes.
 
+    Examples are streamed from a file beside the checkpoints.
+
     Args:
         settings: sections run, data, history and train.
         find: inputs of the stages ingest, swing and encode.
@@ -104,8 +114,12 @@ def train(
         ranks: this process among those that share the training.
         resume_from: see `Trainer.fit`.
     """
-    seed = settings.run.seed
+    seed, ranks = settings.run.seed, ranks or Ranks()
     data, encodings, samplers = load_inputs(settings, find)
+    examples = checkpoints.parent / "examples.parquet"
+    if ranks.first:
+        write_examples(data.examples["train"], examples)
+    ranks.after_first()
     vectors = {side: encoding.vectors for side, encoding in encodings.items()}
     trainer = fit(
         data,
@@ -116,6 +130,7 @@ def train(
         checkpoint=checkpoints,
         ranks=ranks,
         resume_from=resume_from,
+        source=ExampleFiles(examples, len(data.user_ids), len(data.item_ids)),
     )
     report = StageReport(
         rows_in=sum(len(examples) for examples in data.examples.values()),
@@ -161,6 +176,7 @@ def fit(
     checkpoint: Path | None = None,
     ranks: Ranks | None = None,
     resume_from: int | None = None,
+    source: ExampleSource | None = None,
 ) -> Trainer:
     """Build the model that the settings describe and train it; the trainer then holds the chosen epoch's weights.
 
@@ -173,32 +189,29 @@ def fit(
         checkpoint: folder of the finished epochs; None keeps none.
         ranks: this process among those that share the training.
         resume_from: see `Trainer.fit`.
+        source: examples to train on; None: those of `data`, in memory.
     """
     ranks = ranks or Ranks()
     model = build_model(data, encodings, settings, seed, gather=ranks.world > 1)
-    trainer = Trainer(model, data, encodings, samplers, settings, seed=seed, checkpoint=checkpoint, ranks=ranks)
+    trainer = Trainer(
+        model, data, encodings, samplers, settings, seed=seed, checkpoint=checkpoint, ranks=ranks, source=source
+    )
     trainer.fit(resume_from)
     return trainer
 
 
-def read_inputs(ctx: StageContext) -> tuple[CtrData, dict[str, Encodings], dict[str, PositiveSampler]]:
+def load_inputs(settings: Settings, find: Find) -> tuple[CtrData, dict[str, Encodings], dict[str, PositiveSampler]]:
     """Examples, encodings and samplers by side, all in catalogue order.
 
-    Raises:
-        DataError: see `run`.
-    """
-    return load_inputs(ctx.settings, ctx.input)
-
-
-def load_inputs(settings: Settings, find: Find) -> tuple[CtrData, dict[str, Encodings], dict[str, PositiveSampler]]:
-    """`read_inputs`, wherever they are.
+    Args:
+        settings: sections run, data, history and train.
+        find: inputs of the stages ingest, swing and encode.
 
     Raises:
         DataError: see `run`.
     """
-    interactions = read_table(find("ingest", "interactions.parquet"), INTERACTIONS)
     data = build_ctr_data(
-        interactions,
+        read_table(find("ingest", "interactions.parquet"), INTERACTIONS),
         read_table(find("ingest", "items.parquet"), ITEMS),
         read_table(find("ingest", "users.parquet"), USERS),
         split=settings.data.split,
@@ -221,20 +234,11 @@ def load_inputs(settings: Settings, find: Find) -> tuple[CtrData, dict[str, Enco
             in_train,
             f"{side}_id",
             settings.train.top_k,
-            likes(interactions, f"{side}_id", ids) if settings.train.positives == "normalized" else None,
+            data.train_likes[side] if settings.train.positives == "normalized" else None,
         )
         for side, (ids, in_train) in known.items()
     }
     return data, {"user": user, "item": item}, samplers
-
-
-def likes(interactions: pa.Table, key: str, ids: Ids) -> npt.NDArray[np.int64]:
-    """Likes in the train rows of each id of the catalogue, (N,)."""
-    liked = interactions.filter(pc.and_(interactions["liked"], pc.equal(interactions["split"], "train")))
-    counted: npt.NDArray[np.int64] = np.bincount(
-        positions(ids, id_array(liked.column(key)), key, "interactions"), minlength=len(ids)
-    )
-    return counted
 
 
 def build_model(
@@ -285,9 +289,10 @@ def build_model(
 
 
 def _key(ctx: StageContext) -> str:
-    """Names the checkpoints: settings and inputs that shape the weights."""
+    """Names the checkpoints: settings and inputs that shape an epoch's weights, which how many follow does not."""
     parts = {name: artifact.manifest.output_hash for name, artifact in ctx.inputs.items()}
-    parts["settings"] = ctx.settings.hash_of(("run", "history", "train"))
+    settings = ctx.settings.model_copy(update={"train": ctx.settings.train.model_copy(update={"epochs": 1})})
+    parts["settings"] = settings.hash_of(("run", "history", "train"))
     parts["roles"] = ctx.settings.data.split
     parts["version"] = f"{kellm_features.__version__} torch {torch.__version__}"
     return f"checkpoints-{digest(parts)[:32]}"
@@ -298,7 +303,6 @@ def _drop_others(checkpoints: Path) -> None:
     for other in checkpoints.parent.glob("checkpoints-*"):
         if other != checkpoints:
             shutil.rmtree(other, ignore_errors=True)
-    checkpoints.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _metrics(
@@ -311,6 +315,12 @@ def _metrics(
         "item_mean": {part: _item_mean(data, part) for part in ("valid", "test")},
         "neighbors": _neighbors(trainer.model, vectors, samplers),
         "targets": {part: len(data.examples[part]) for part in SPLITS},
+        "training": {
+            "device": trainer.device.type,
+            "ranks": trainer.ranks.world,
+            "precision": trainer.settings.precision,
+            "compile": trainer.settings.compile,
+        },
     }
 
 

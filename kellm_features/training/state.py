@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,18 @@ class TrainingState:
     """Weights of the best epoch so far; empty where that is this one, or none was scored yet."""
     best_auc: float
     history: History
+
+
+class DamagedCheckpointError(ArtifactError):
+    """A checkpoint's file is there and cannot be believed."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is not a readable checkpoint ({why}): delete it, or name an earlier epoch")
+        self.path = path
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[DamagedCheckpointError], tuple[Path, str]]:
+        return type(self), (self.path, self.why)  # from a worker process as it was raised there
 
 
 class CheckpointFolder:
@@ -102,7 +113,8 @@ class CheckpointFolder:
                 "earlier epochs are kept"
             ) from error
         if self.keep is not None:
-            for old in self.epochs()[: -self.keep]:
+            done = [kept for kept in self.epochs() if kept <= epoch]  # later ones are of a longer training
+            for old in done[: -self.keep]:
                 if old != state.history.best_epoch:
                     self.file(old).unlink(missing_ok=True)
 
@@ -110,7 +122,8 @@ class CheckpointFolder:
         """The state after an epoch.
 
         Raises:
-            ArtifactError: the epoch is not kept, or its file is damaged.
+            ArtifactError: the epoch is not kept.
+            DamagedCheckpointError: it is, and its file is not as it was written.
         """
         path = self.file(epoch)
         try:
@@ -122,39 +135,47 @@ class CheckpointFolder:
                 "train.keep_checkpoints for the next training, or train from the start"
             ) from error
         except OSError as error:
-            raise self._damaged(path, error.strerror or "it cannot be read") from error
+            raise DamagedCheckpointError(path, error.strerror or "it cannot be read") from error
         payload = memoryview(content)[:-_DIGEST_BYTES]
         if hashlib.sha256(payload).digest() != content[-_DIGEST_BYTES:]:
-            raise self._damaged(path, f"{len(content):,} bytes, not those that were written")
+            raise DamagedCheckpointError(path, f"{len(content):,} bytes, not those that were written")
         try:
             raw = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
             return TrainingState(**{**raw, "history": History(**raw["history"])})
         except Exception as error:  # torch.load raises whatever the content leads to
-            raise self._damaged(path, first_line(error)) from error
+            raise DamagedCheckpointError(path, first_line(error)) from error
 
-    def newest(self, device: torch.device) -> TrainingState | None:
-        """The last state that can be read; a damaged one is passed over with a warning, as its epoch can be redone."""
+    def newest(self, device: torch.device, up_to: int) -> TrainingState | None:
+        """The last state that can be read; a damaged one is passed over with a warning, as its epoch can be redone.
+
+        Args:
+            device: of its tensors.
+            up_to: the last epoch that is looked at: a longer training may have left later ones.
+        """
         for epoch in reversed(self.epochs()):
+            if epoch > up_to:
+                continue
             try:
                 return self.load(epoch, device)
-            except ArtifactError as error:
-                logger.warning("%s; going on from the checkpoint before it", error)
+            except DamagedCheckpointError as error:
+                logger.warning(
+                    "%s is not a readable checkpoint (%s): going on from the checkpoint before it, and doing its epoch "
+                    "again",
+                    error.path,
+                    error.why,
+                )
         return None
 
-    def drop_after(self, epoch: int) -> None:
-        """Delete the checkpoints of later epochs."""
-        self._drop(lambda kept: kept > epoch)
+    def drop_after(self, epoch: int, up_to: int | None = None) -> None:
+        """Delete the checkpoints of later epochs.
 
-    def clear(self) -> None:
-        """Delete all checkpoints, and the folder where nothing else is in it."""
-        self._drop(lambda kept: True)
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
-
-    def _drop(self, unwanted: Callable[[int], bool]) -> None:
-        for epoch in self.epochs():
-            if unwanted(epoch):
-                self.file(epoch).unlink(missing_ok=True)
+        Args:
+            epoch: the last one that stays; -1: none does.
+            up_to: those after this one stay too; None: none.
+        """
+        for kept in self.epochs():
+            if kept > epoch and (up_to is None or kept <= up_to):
+                self.file(kept).unlink(missing_ok=True)
         if self.path.is_dir():
             for leftover in self.path.glob("epoch-*.tmp"):  # of a training that was killed while it wrote
                 leftover.unlink(missing_ok=True)
@@ -166,6 +187,3 @@ class CheckpointFolder:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-    def _damaged(self, path: Path, why: str) -> ArtifactError:
-        return ArtifactError(f"{path} is not a readable checkpoint ({why}): delete it")

@@ -19,8 +19,9 @@ from kellm_features.errors import ArtifactError, first_line
 from kellm_features.progress import Advance, track
 from kellm_features.settings import TrainSettings
 from kellm_features.training.data import CtrData
+from kellm_features.training.device import training_device
 from kellm_features.training.knowledge import JointLoss, JointStep, KnowledgeAugmented, Mode, pooled
-from kellm_features.training.loader import Batch, BatchLoader
+from kellm_features.training.loader import Batch, BatchLoader, ExampleSource, ExampleTable
 from kellm_features.training.meter import Meter, TrainingDivergedError
 from kellm_features.training.metrics import auc, ece, gauc, log_loss
 from kellm_features.training.monitor import Monitor, Silent, TensorBoard
@@ -57,9 +58,10 @@ class Trainer:
         seed: of everything random here; initial weights are the caller's.
         checkpoint: folder of the finished epochs (`CheckpointFolder`), which all ranks can read; None keeps none.
         ranks: this process among those that share the training.
+        source: examples to train on, the same on all ranks; None: those of `data`, in memory.
 
     Raises:
-        MissingExtraError: `settings.tensorboard` without tensorboard.
+        ConfigError: `settings.device` is none that this machine has.
         ValueError: a contrasted side without a sampler; ranks, and a model that contrasts on each alone.
     """
 
@@ -74,10 +76,12 @@ class Trainer:
         seed: int,
         checkpoint: Path | None = None,
         ranks: Ranks | None = None,
+        source: ExampleSource | None = None,
     ) -> None:
         self.device = training_device(settings)
         self.model = model.to(self.device)
         self.data = data
+        self.source = source or ExampleTable(data.examples["train"])
         self.encodings = {side: encodings[side].to(self.device) for side in model.adapters}
         self.settings = settings
         self.seed = seed
@@ -101,15 +105,21 @@ class Trainer:
         the same end.
 
         Args:
-            resume_from: the epoch to go on from; later ones are dropped. None: the newest that is kept.
+            resume_from: the epoch to go on from; later ones are dropped. 0: the state after the warm-up where that is
+                kept, else the start. None: the newest that is kept, up to `settings.epochs`.
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite.
-            ArtifactError: the epoch is not kept or its file is damaged, or is of another model.
+            ArtifactError: the epoch is not kept, above `settings.epochs`, damaged, or of another model.
+            ConfigError: `settings.tensorboard` is no folder that can be written to.
+            MissingExtraError: `settings.tensorboard` without tensorboard.
         """
-        self._restore(resume_from)
-        per_epoch = len(self.data.examples["train"])
-        with self._watched():
+        found = self._restore(resume_from)
+        per_epoch = sum(self.source.group_rows)
+        with self._watched():  # before anything is dropped, as it may fail
+            if self.checkpoints is not None and self.ranks.first:
+                # Unless it was told to, it drops damaged epochs alone, and leaves those of a longer training.
+                self.checkpoints.drop_after(found, up_to=self.settings.epochs if resume_from is None else None)
             self._warm_up()
             with self._progress("train", self._epochs_left() * per_epoch, "examples") as advance:
                 while self._epochs_left():
@@ -179,7 +189,8 @@ class Trainer:
             for step, batch in enumerate(loader):
                 losses = self._clicks(batch, positives)
                 if "contrastive" in self.modes:
-                    losses = _joined(losses, self._contrast(next(anchors), positives, self.optimizer))
+                    contrast = self._contrast(next(anchors), positives, self.optimizer)
+                    losses = {**contrast, **losses, "loss": losses["loss"] + contrast["loss"]}
                 meter.add(losses, len(batch.whole_user))
                 if step % every == 0:
                     values = meter.read(step)
@@ -210,7 +221,7 @@ class Trainer:
 
     def _loader(self, epoch: int) -> BatchLoader:
         return BatchLoader(
-            self.data.examples["train"],
+            self.source,
             self.data,
             self.settings.batch_size,
             seed=self.seed,
@@ -316,7 +327,7 @@ class Trainer:
         with ExitStack() as stack:
             if self.settings.tensorboard is not None and self.ranks.first:
                 done = len(self.history.epochs)
-                batches = -(-len(self.data.examples["train"]) // self.settings.batch_size)
+                batches = -(-sum(self.source.group_rows) // self.settings.batch_size)
                 self._monitor = stack.enter_context(
                     TensorBoard(
                         self.settings.tensorboard,
@@ -340,21 +351,27 @@ class Trainer:
             TrainingState(self.model.state_dict(), self.optimizer.state_dict(), best, self._best_auc, self.history)
         )
 
-    def _restore(self, epoch: int | None) -> None:
+    def _restore(self, epoch: int | None) -> int:
+        """Take the state of an epoch, or of the newest; which one that was, -1 for the start."""
         if self.checkpoints is None:
             if epoch is not None:
                 raise ArtifactError(f"epoch {epoch} cannot be resumed from: this training keeps no checkpoints")
-            return
-        if epoch is None:
-            state = self.checkpoints.newest(self.device) if self.ranks.first else None
-            found = int(self.ranks.told([-1.0 if state is None else float(len(state.history.epochs))])[0])
-            if found < 0:
-                return
-            state = state or self.checkpoints.load(found, self.device)
-        else:
-            state = self.checkpoints.load(epoch, self.device)
-            if self.ranks.first:
-                self.checkpoints.drop_after(epoch)
+            return -1
+        state, found = None, -1
+        if self.ranks.first:
+            if epoch is None:
+                state = self.checkpoints.newest(self.device, self.settings.epochs)
+                found = -1 if state is None else len(state.history.epochs)
+            elif epoch > 0 or 0 in self.checkpoints.epochs():
+                found = epoch
+        if (found := int(self.ranks.told([float(found)])[0])) < 0:
+            return found
+        state = state or self.checkpoints.load(found, self.device)
+        if found > self.settings.epochs:
+            raise ArtifactError(
+                f"epoch {found} cannot be resumed from: train.epochs = {self.settings.epochs} ends before it; raise "
+                "train.epochs, or name an earlier epoch"
+            )
         try:
             self.model.load_state_dict(state.model)
             self.optimizer.load_state_dict(state.optimizer)
@@ -367,13 +384,7 @@ class Trainer:
         if self.history.best_epoch:
             self._best = state.best or copy.deepcopy(self.model.state_dict())
         logger.info("resuming after epoch %d of %d", len(self.history.epochs), self.settings.epochs)
-
-
-def training_device(settings: TrainSettings) -> torch.device:
-    """Where a training runs: the device named, else the GPU that is current, else the CPU."""
-    if settings.device is not None:
-        return torch.device(settings.device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return found
 
 
 def score(data: CtrData, part: str, probabilities: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -386,8 +397,3 @@ def score(data: CtrData, part: str, probabilities: npt.NDArray[np.float64]) -> d
         "gauc": gauc(labels, probabilities, examples.user.numpy()),
         "ece": ece(labels, probabilities),
     }
-
-
-def _joined(clicks: Mapping[str, Tensor], contrast: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two steps of one batch as one: losses add up, and the cross entropy is of the first."""
-    return {**contrast, **clicks, "loss": clicks["loss"] + contrast["loss"]}

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.utils.api import get_env_variable_or_raise
 
-from kellm_features.errors import KellmError
+from kellm_features.errors import DataError, KellmError
+from kellm_features.stages import StageReport
+from kellm_features.training.device import take_gpu
 from kellm_features.training.launch import Job, report, report_failure
 from kellm_features.training.ranks import Ranks, backend
 from kellm_features.training.stage import train
-from kellm_features.training.trainer import training_device
 
 _LOOK_EVERY_S = 0.5
 
@@ -24,7 +26,8 @@ _LOOK_EVERY_S = 0.5
 def run_job(path: str) -> None:
     """Train as the rank that the environment names (`RANK`, `WORLD_SIZE`, …, as torchrun sets them).
 
-    Beside the job file the first rank leaves report.json, and a rank that fails says why in failed-RANK.json.
+    Beside the job file the first rank leaves report.json, and a rank that fails says why in failed-RANK.json, also
+    where it fails before it has met the others.
 
     Args:
         path: a `Job` as JSON.
@@ -32,33 +35,50 @@ def run_job(path: str) -> None:
     Raises:
         KellmError: whatever was wrong with the job or its inputs.
     """
-    _end_with_launcher()
     folder = Path(path).parent
-    job = Job.read(Path(path))
+    try:
+        job = Job.read(Path(path))
+        _end_with_launcher(job.launcher)
+        done = _train_with_others(job)
+        if done is not None:
+            report(folder, done)
+    except BaseException as error:
+        report_failure(folder, int(get_env_variable_or_raise("RANK")), error)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train_with_others(job: Job) -> StageReport | None:
+    """Meet the other ranks and train; the first rank's report, None on the others."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kellm_features").setLevel(job.log_level)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
-    device = training_device(job.settings.train)
+    device = take_gpu(job.settings.train, dist.get_node_local_rank(fallback_rank=0))
     dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
     ranks = Ranks.joined(device)
-    try:
-        job.out.mkdir(parents=True, exist_ok=True)
-        done = train(job.settings, job.find, job.out, job.checkpoints, ranks=ranks, resume_from=job.resume_from)
-        if ranks.first:
-            report(folder, done)
-    except BaseException as error:
-        report_failure(folder, ranks.rank, error)
-        raise
-    finally:
-        dist.destroy_process_group()
+    job.out.mkdir(parents=True, exist_ok=True)
+    done = train(job.settings, job.find, job.out, job.checkpoints, ranks=ranks, resume_from=job.resume_from)
+    return done if ranks.first else None
 
 
-def _end_with_launcher() -> None:
-    """End when the launcher is gone: killed, it stops no rank, and ranks would go on beside those of a next run."""
+def _end_with_launcher(launcher: int | None = None) -> None:
+    """End when the launcher is gone: killed, it stops no rank, and ranks would go on beside those of a next run.
+
+    Args:
+        launcher: its process; None: this one's parent, which may have gone while this one started.
+
+    Raises:
+        DataError: the launcher is no parent of this process.
+    """
     parent = os.getppid()
+    if launcher not in (None, parent):
+        raise DataError(
+            f"the job is of launcher {launcher}, which has ended or is another than {parent}, this rank's parent: "
+            "start the stage again, or set the job's 'launcher' to null"
+        )
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -103,7 +103,7 @@ def test_every_suite_has_rows(rows: list[ResultRow]) -> None:
     arms = {row.arm for row in rows if row.suite == "ctr"}
     assert arms == {
         *("item-mean", "rating-statistics", "id-5", "id-30", "title", "closed-book", "page", "digest", "knowledge"),
-        *("printed", "affinity", "kellmrec", "random-pairs", "shuffled", "noise"),
+        *("profile", "printed", "affinity", "kellmrec", "random-pairs", "shuffled", "noise"),
     }
     forms = {row.arm for row in rows if row.suite == "contrastive" and row.metric == "recall@20"}
     assert {"none", "printed", "pretrain", "alternating", "random"} <= forms

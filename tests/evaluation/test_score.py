@@ -135,7 +135,7 @@ def test_holm_runs_over_the_claims_of_a_backbone(world: World) -> None:
 
 
 def test_a_folder_is_named_by_all_that_shapes_a_training(world: World) -> None:
-    text = next(arm for arm in ladder(["title"]) if arm.key == "kellmrec")
+    text = next(arm for arm in ladder(["title"]) if arm.key == "printed")
     cell = Cell("B0", "deepfm", text, 0, 1e-3)
     known = cell_folder(world, cell)
 
@@ -183,11 +183,12 @@ def test_labels_decide_no_split_and_name_the_content(world: World) -> None:
 
 def test_nulls_of_vectors(world: World) -> None:
     files = world.folds["B0"]
-    arm = Arm("a", "a", text="title")
+    arm = Arm("a", "a", text="title", profile=True)
     own, shuffled, noise = (
         load_encodings(world, files, replace(arm, rows=kind), 3) for kind in ("own", "shuffled", "noise")
     )
     assert load_encodings(world, files, Arm("a", "a"), 3) == {}
+    assert load_encodings(world, files, Arm("a", "a", text="title"), 3).keys() == {"item"}
     for side in ("user", "item"):
         assert not own[side].equal(shuffled[side])
         assert sorted(map(tuple, own[side].tolist())) == sorted(map(tuple, shuffled[side].tolist()))

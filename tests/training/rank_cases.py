@@ -34,13 +34,29 @@ CASES: dict[str, dict[str, Any]] = {
     "lone example": {"schedule": "joint", "batch_size": 61, "sides": "item", "workers": 1},
 }
 
+RESUMED = "din, bfloat16"
+"""Compared with itself, killed and resumed: Dice takes the statistics of each rank's own part."""
+RESUMED_OPTIONS: dict[str, Any] = {"backbone": "din", "precision": "bfloat16", "epochs": 3, "dropout": 0.2}
 
-def train(world: Path, case: str, ranks: Ranks) -> dict[str, Any]:
+
+def train(
+    world: Path, case: str, ranks: Ranks, checkpoint: Path | None = None, resume_from: int | None = None
+) -> dict[str, Any]:
     """Weights and history of one case."""
-    settings = Settings.model_validate({"run": {"seed": 7}, "train": SMALL | CASES[case]})
+    options = RESUMED_OPTIONS if case == RESUMED else CASES[case]
+    settings = Settings.model_validate({"run": {"seed": 7}, "train": SMALL | options})
     data, encodings, samplers = stage.load_inputs(settings, lambda name, file: world / name / file)
     vectors = {side: encoding.vectors for side, encoding in encodings.items()}
-    trainer = stage.fit(data, vectors, samplers, settings.train, seed=7, ranks=ranks)
+    trainer = stage.fit(
+        data,
+        vectors,
+        samplers,
+        settings.train,
+        seed=7,
+        checkpoint=checkpoint,
+        ranks=ranks,
+        resume_from=resume_from,
+    )
     return {"weights": trainer.model.state_dict(), "history": vars(trainer.history)}
 
 
@@ -48,7 +64,10 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = Ranks.joined(torch.device("cpu"))
-    found = {case: train(Path(sys.argv[1]), case, ranks) for case in CASES}
+    world = Path(sys.argv[1])
+    found = {case: train(world, case, ranks) for case in CASES}
+    found[RESUMED] = train(world, RESUMED, ranks, world / "kept")
+    found[f"{RESUMED}, resumed"] = train(world, RESUMED, ranks, world / "kept", resume_from=1)
     if ranks.first:
         torch.save(found, sys.argv[2])
     dist.destroy_process_group()

@@ -162,4 +162,4 @@ def test_auxiliary_loss_enters_the_joint_loss_at_its_weight(weight: float) -> No
 
 def test_unknown_evolution_is_refused() -> None:
     with pytest.raises(ValueError, match="'augru', 'agru' and 'aigru'"):
-        DIEN(FIELDS, TABLES, 2, evolution="gru")  # type: ignore[arg-type]
+        DIEN(FIELDS, TABLES, 2, evolution="gru")

@@ -131,7 +131,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot share experts"):
         build_adapters("experts", {"user": 3, "item": 4}, hidden=H, dim=E)
     with pytest.raises(ValueError, match="'mlp' and 'experts'"):
-        build_adapters("lora", {"user": 3}, hidden=H, dim=E)  # type: ignore[arg-type]
+        build_adapters("lora", {"user": 3}, hidden=H, dim=E)
     with pytest.raises(ValueError, match="Linear is no adapter"):
         save_adapters(tmp_path / "a", nn.ModuleDict({"item": nn.Linear(2, 3)}), "encoder")
     mixed = nn.ModuleDict({"user": make("mlp")["user"], "item": make()["item"]})

@@ -42,7 +42,7 @@ def test_exported_embeddings_score_as_the_metrics_say(context: Contexts, affinit
     ctx = context("export", **options)
     ctx.inputs["train"] = Artifact(trained.out, _manifest("train", trained.out))
     export.run(ctx)
-    data, _, _ = stage.read_inputs(trained)
+    data, _, _ = stage.load_inputs(trained.settings, trained.input)
     vectors = {}
     for side, ids in (("item", data.item_ids), ("user", data.user_ids)):
         table = pq.read_table(ctx.out / f"{side}_embeddings.parquet").sort_by(f"{side}_id")

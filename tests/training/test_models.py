@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ class Linear(nn.Module):
 def make_model(width: int = 8, **options: object) -> KnowledgeAugmented:
     torch.manual_seed(2)
     adapters = {side: Adapter(6, 8, 4) for side in ("user", "item")}
-    return KnowledgeAugmented(Linear(width), adapters, weight=0.3, temperature=0.1, **options).double()  # type: ignore[arg-type]
+    return KnowledgeAugmented(Linear(width), adapters, weight=0.3, temperature=0.1, **options).double()
 
 
 def make_sides() -> dict[str, Side]:
@@ -164,6 +165,18 @@ def make_affine(width: int, affinity: Affinity) -> KnowledgeAugmented:
         model.backbone.layer.weight.copy_((torch.arange(width) >= 8).double()[None])
         model.backbone.layer.bias.zero_()
     return model
+
+
+def test_an_affinity_without_its_adapters_is_none_and_an_unknown_one_is_refused() -> None:
+    item: dict[str, torch.nn.Module] = {"item": Adapter(6, 8, 4)}
+    for affinity, width, became in (("profile", 4, "none"), ("history", 12, "history")):
+        model = KnowledgeAugmented(Linear(width), item, affinity=affinity)
+        assert model.knowledge_width == knowledge_width(item, affinity=affinity) == width
+        assert model.affinity == became
+    assert knowledge_width({}, affinity="history") == 0
+    for build in (partial(KnowledgeAugmented, Linear(4), item), partial(knowledge_width, item)):
+        with pytest.raises(ValueError, match="affinity='x': 'none', 'profile', 'history' are accepted"):
+            build(affinity="x")
 
 
 def test_affinity_to_the_profile_carries_the_cosine() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,14 +19,15 @@ import torch
 from pyspark.sql import SparkSession
 from safetensors.torch import load_file
 
-from kellm_features.errors import DataError
+from kellm_features.errors import ConfigError, DataError
 from kellm_features.stages import StageContext
 from kellm_features.training import launch, stage
 from kellm_features.training.launch import Job, RankFailedError
 from kellm_features.training.ranks import Ranks
+from kellm_features.training.worker import _end_with_launcher, run_job
 
 from .conftest import make_world
-from .rank_cases import CASES, train
+from .rank_cases import CASES, RESUMED, train
 
 Contexts = Callable[..., StageContext]
 HERE = Path(__file__).parent
@@ -63,6 +64,16 @@ def test_two_ranks_learn_what_one_process_learns(two_ranks: tuple[Path, dict[str
     assert_same_curves(found[case]["history"], alone["history"])
 
 
+def test_ranks_that_go_on_learn_the_same_bits(two_ranks: tuple[Path, dict[str, Any]]) -> None:
+    _, found = two_ranks
+    whole, resumed = found[RESUMED], found[f"{RESUMED}, resumed"]
+    assert whole["history"] == resumed["history"]
+    assert len(whole["history"]["epochs"]) == 3
+    assert whole["weights"].keys() == resumed["weights"].keys()
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], tensor), name
+
+
 def stage_outputs(ctx: StageContext) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     weights = {}
     for file in ("adapter.safetensors", "backbone.safetensors"):
@@ -79,6 +90,7 @@ def check_launcher(context: Contexts, launcher: str) -> None:
         file.unlink()
     together = context("train", **small, ranks=2, launcher=launcher)
     report = stage.run(together)
+    assert report.notes["training"]["ranks"] == 2  # as the first of them saw it
     found, found_curves = stage_outputs(together)
     assert_same(found, weights)
     assert_same_curves(found_curves, curves)
@@ -87,9 +99,10 @@ def check_launcher(context: Contexts, launcher: str) -> None:
 
 
 def test_the_stage_on_ranks_of_the_elastic_launcher(context: Contexts) -> None:
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in numbers]
     check_launcher(context, "torchrun")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in numbers] == handlers
 
 
 @pytest.mark.spark
@@ -102,19 +115,27 @@ def test_the_stage_on_ranks_of_sparks_torch_distributor(context: Contexts, spark
 def test_a_killed_rank_ends_the_run_and_is_named(context: Contexts) -> None:
     ctx = context("train", ranks=2, epochs=5000, patience=0, schedule="joint", keep_checkpoints=2)
 
-    def kill() -> None:
-        while not list(ctx.work.glob("checkpoints-*/epoch-*.pt")):
-            time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it has ended
-                if process.environ().get("RANK") == "1":
-                    process.kill()
+    ended, killed = threading.Event(), threading.Event()
 
-    killer = threading.Thread(target=kill)
+    def kill() -> None:
+        while not ended.wait(0.05) and not killed.is_set():
+            if not list(ctx.work.glob("checkpoints-*/epoch-*.pt")):
+                continue
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has ended
+                    if process.environ().get("RANK") == "1":
+                        process.kill()
+                        killed.set()
+
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by SIGKILL; finished epochs are kept"):
-        stage.run(ctx)
-    killer.join()
+    try:
+        with pytest.raises(RankFailedError, match="rank 1 of 2 was killed by SIGKILL; finished epochs are kept"):
+            stage.run(ctx)
+    finally:
+        ended.set()
+        killer.join(timeout=10)
+    assert killed.is_set()
     assert not list(ctx.out.iterdir())
     assert list(ctx.work.glob("checkpoints-*/epoch-*.pt"))
     assert not [child for child in psutil.Process().children() if "training.worker" in " ".join(child.cmdline())]
@@ -135,18 +156,53 @@ def test_who_is_blamed(tmp_path: Path) -> None:
     assert launch._TORCHRUN_FAILURE.findall(told) == [("1", "-9")]
 
 
-def test_a_job_file_is_checked(tmp_path: Path, context: Contexts) -> None:
+def test_a_job_file_is_checked(tmp_path: Path, context: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = context("train").settings
     job = Job.of(settings, inputs={"ingest": tmp_path}, out=tmp_path / "out", checkpoints=tmp_path / "kept")
     path = tmp_path / "job.json"
     path.write_text(job.model_dump_json())
     assert Job.read(path) == job
     assert Job.read(path).settings.train == settings.train
+    assert job.launcher == os.getpid()
+    monkeypatch.chdir(tmp_path)
+    board = context("train", tensorboard="board").settings
+    moved = Job.of(board, inputs={"ingest": tmp_path}, out=tmp_path / "out", checkpoints=tmp_path / "kept")
+    assert moved.settings.train.tensorboard == tmp_path / "board"  # ranks may start in another folder
     with pytest.raises(DataError, match=r"inputs are \['ingest'\]: the folder of 'swing' is needed"):
         job.find("swing", "item_pairs.parquet")
     path.write_text('{"settings": {}}')
     with pytest.raises(DataError, match=r"job.json is not a job of this version"):
         Job.read(path)
+
+
+def test_a_rank_that_fails_before_it_meets_the_others_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    path = tmp_path / "job.json"
+    path.write_text("{}")
+    with pytest.raises(DataError, match="is not a job"):
+        run_job(str(path))
+    assert launch._blame(tmp_path, {1: 1}, 2).startswith(f"rank 1 of 2: {path} is not a job of this version")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    with pytest.raises(DataError, match=rf"the job is of launcher {gone.pid}, which has ended or is another"):
+        _end_with_launcher(gone.pid)
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_starts(context: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    ctx = context("train", ranks=2, device=None)
+    with pytest.raises(ConfigError, match=r"train.ranks = 2 on 1 GPUs"):
+        stage.run(ctx)
+    assert not (ctx.work / "ranks").exists()
+
+
+@pytest.mark.parametrize(
+    ("master", "local"), [("local", True), ("local[2]", True), ("local-cluster[2,1,512]", False), ("spark://h", False)]
+)
+def test_which_of_sparks_masters_have_no_executors_of_their_own(master: str, local: bool) -> None:
+    assert (launch._LOCAL_MASTER.fullmatch(master) is not None) == local
 
 
 def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:

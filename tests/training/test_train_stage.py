@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kellm_features.errors import ArtifactError, DataError, SchemaError
+from kellm_features.errors import ArtifactError, ConfigError, DataError, SchemaError
 from kellm_features.schemas import ITEM_EMBEDDINGS, USER_EMBEDDINGS, read_table
 from kellm_features.stages import StageContext
 from kellm_features.training import export, stage
 from kellm_features.training.checkpoint import load_adapters
+from kellm_features.training.loader import ExampleFiles
 from kellm_features.training.trainer import Trainer, TrainingDivergedError
 
 Contexts = Callable[..., StageContext]
@@ -29,6 +30,11 @@ OUTPUTS = ("adapter.safetensors", "backbone.safetensors", "metrics.json", "curve
 
 def outputs(ctx: StageContext) -> dict[str, bytes]:
     return {name: (ctx.out / name).read_bytes() for name in OUTPUTS}
+
+
+def inputs(ctx: StageContext) -> Any:
+    """Examples, encodings and samplers."""
+    return stage.load_inputs(ctx.settings, ctx.input)
 
 
 def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -101,7 +107,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert before.items() < kept(ctx).items()  # those were not trained again
 
 
-def test_checkpoints_stay_until_other_settings_are_trained_on(context: Contexts) -> None:
+def test_checkpoints_stay_until_other_settings_are_trained_on(
+    context: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ctx = context("train", epochs=2)
     stage.run(ctx)
     before, wanted = kept(ctx), outputs(ctx)
@@ -114,22 +122,61 @@ def test_checkpoints_stay_until_other_settings_are_trained_on(context: Contexts)
     with stage.resuming_from(9), pytest.raises(ArtifactError, match="epoch 9 has no checkpoint"):
         stage.run(ctx)
     other = context("train", epochs=2, dim=4)
+
+    def diverge(*_: object) -> None:
+        raise TrainingDivergedError("the loss is no number")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", diverge)
+        with pytest.raises(TrainingDivergedError):
+            stage.run(other)
+    with pytest.raises(ConfigError):
+        stage.run(context("train", epochs=2, temperature=0.1, device="gpu"))
+    folder = ctx.work / stage._key(ctx)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == after  # those that failed cost none
     stage.run(other)
     folders = list(other.work.glob("checkpoints-*"))
     assert [folder.name for folder in folders] == [stage._key(other)]
     assert not set(kept(other).values()) & set(after.values())
 
 
+@pytest.mark.parametrize("resume_from", [None, 2, 1])
+def test_a_training_can_be_extended(context: Contexts, resume_from: int | None) -> None:
+    four = context("train", epochs=4, patience=0)
+    stage.run(four)
+    wanted = outputs(four)
+    shutil.rmtree(four.work)
+    two = context("train", epochs=2, patience=0)
+    stage.run(two)
+    before = kept(two)
+    with stage.resuming_from(resume_from):
+        stage.run(four)
+    assert outputs(four) == wanted
+    trained_again = {name for name, time in before.items() if kept(four)[name] != time}
+    assert trained_again == ({"epoch-0002.pt"} if resume_from == 1 else set())
+
+
+def test_the_stage_trains_on_the_file_that_it_writes(context: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[object] = []
+    real = stage.fit
+    monkeypatch.setattr(stage, "fit", lambda *args, **more: (sources.append(more["source"]), real(*args, **more))[1])
+    ctx = context("train")
+    stage.run(ctx)
+    assert isinstance(sources[0], ExampleFiles)
+    file = pq.read_table(ctx.work / "examples.parquet")
+    train = inputs(ctx)[0].examples["train"]
+    assert file["item"].to_pylist() == train.item.tolist()
+    assert file["liked"].to_pylist() == (train.label > 0).tolist()
+
+
 def test_normalized_positives_prefer_what_few_like(context: Contexts) -> None:
     interactions = pq.read_table(context("train").input("ingest", "interactions.parquet"))
     table = interactions.to_pandas()
     train = table[(table["split"] == "train") & table["liked"]]
-    data, _, raw = stage.read_inputs(context("train", top_k=1))
-    counts = stage.likes(
-        pq.read_table(context("train").input("ingest", "interactions.parquet")), "item_id", data.item_ids
-    )
+    data, _, raw = inputs(context("train", top_k=1))
+    counts = data.train_likes["item"]
     assert counts.tolist() == [int((train["item_id"] == item).sum()) for item in data.item_ids]
-    _, _, tamed = stage.read_inputs(context("train", top_k=1, positives="normalized"))
+    _, _, tamed = inputs(context("train", top_k=1, positives="normalized"))
     likes = {name: counts[one["item"].candidates[:59, 0]].mean() for name, one in (("raw", raw), ("tamed", tamed))}
     assert likes["tamed"] < likes["raw"]
 
@@ -259,11 +306,11 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 def test_a_loss_that_is_no_number_is_named(context: Contexts) -> None:
-    data, encodings, samplers = stage.read_inputs(context("train"))
+    data, encodings, samplers = inputs(context("train"))
     settings = context("train").settings.train
     vectors = {side: encoding.vectors for side, encoding in encodings.items()}
     model = stage.build_model(data, vectors, settings, 7)
     with torch.no_grad():
-        model.adapters["item"].hidden.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        model.adapters["item"].hidden.bias.fill_(float("nan"))
     with pytest.raises(TrainingDivergedError, match=r"diverged at epoch 0, step 0 or shortly before: loss=nan.*ii=nan"):
         Trainer(model, data, vectors, samplers, settings, seed=7).fit()

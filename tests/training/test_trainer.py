@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from kellm_features.errors import ArtifactError
+from kellm_features.errors import ArtifactError, ConfigError
 from kellm_features.stages import StageContext
 from kellm_features.training import stage
+from kellm_features.training.data import CtrData
 from kellm_features.training.knowledge import KnowledgeAugmented
+from kellm_features.training.loader import ExampleFiles, ExampleSource, write_examples
 from kellm_features.training.state import CheckpointFolder
 from kellm_features.training.trainer import Trainer, TrainingDivergedError
 
@@ -23,19 +25,27 @@ Contexts = Callable[..., StageContext]
 
 @pytest.fixture
 def fit(context: Contexts) -> Callable[..., Trainer]:
-    """`fit(encoded=("item",), checkpoint=None, resume_from=None, epochs=2, …)` trains on the small world."""
+    """`fit(encoded=("item",), checkpoint=None, resume_from=None, source=None, epochs=2, …)`, on the small world."""
 
     def run(
         encoded: tuple[str, ...] = ("user", "item"),
         checkpoint: Path | None = None,
         resume_from: int | None = None,
+        source: Callable[[CtrData], ExampleSource] | None = None,
         **settings: object,
     ) -> Trainer:
         ctx = context("train", **{"schedule": "joint", "patience": 0, "epochs": 2} | settings)
-        data, encodings, samplers = stage.read_inputs(ctx)
+        data, encodings, samplers = stage.load_inputs(ctx.settings, ctx.input)
         vectors = {side: encodings[side].vectors for side in encoded}
         return stage.fit(
-            data, vectors, samplers, ctx.settings.train, seed=7, checkpoint=checkpoint, resume_from=resume_from
+            data,
+            vectors,
+            samplers,
+            ctx.settings.train,
+            seed=7,
+            checkpoint=checkpoint,
+            resume_from=resume_from,
+            source=source(data) if source else None,
         )
 
     return run
@@ -183,9 +193,66 @@ def test_a_damaged_newest_checkpoint_is_passed_over(fit: Fit, tmp_path: Path, ca
         assert_same_bits(fit(checkpoint=tmp_path, epochs=3), whole)
     assert "epoch-0003.pt is not a readable checkpoint" in caplog.text
     assert "going on from the checkpoint before it" in caplog.text
+    assert "delete" not in caplog.text  # nothing is left to do for whoever reads it
     newest.write_bytes(content[:1000])
-    with pytest.raises(ArtifactError, match=r"epoch-0003.pt is not a readable checkpoint \(1,000 bytes.*delete it"):
+    with pytest.raises(
+        ArtifactError, match=r"epoch-0003.pt is not a readable checkpoint \(1,000 bytes.*delete it, or name"
+    ):
         fit(checkpoint=tmp_path, epochs=3, resume_from=3)
+
+
+def test_past_a_damaged_checkpoint_new_ones_are_kept(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one to keep, a damaged later file is not the one: a second kill would then cost all epochs."""
+    areas = iter([0.5, 0.6, 0.4, 0.4, 0.4, 0.4])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, part: {"auc": next(areas), "log_loss": 0.5})
+    fit(checkpoint=tmp_path, epochs=4, patience=9, keep_checkpoints=1)
+    folder = CheckpointFolder(tmp_path)
+    assert folder.epochs() == [2, 4]
+    folder.file(4).write_bytes(b"damaged")
+    folder.file(9).write_bytes(b"of a longer training")
+    saved: list[list[int]] = []
+    real = CheckpointFolder.save
+    monkeypatch.setattr(
+        CheckpointFolder, "save", lambda self, state: (real(self, state), saved.append(self.epochs()))[0]
+    )
+    fit(checkpoint=tmp_path, epochs=4, patience=9, keep_checkpoints=1)
+    assert saved == [[2, 3, 9], [2, 4, 9]]
+
+
+@pytest.mark.parametrize("schedule", ["joint", "pretrain"])
+def test_from_epoch_0_a_training_begins_anew(fit: Fit, tmp_path: Path, schedule: str) -> None:
+    whole = fit(checkpoint=tmp_path, schedule=schedule)
+    folder = CheckpointFolder(tmp_path)
+    before = {epoch: folder.file(epoch).stat().st_mtime_ns for epoch in folder.epochs()}
+    assert (0 in before) == (schedule == "pretrain")
+    assert_same_bits(fit(checkpoint=tmp_path, schedule=schedule, resume_from=0), whole)
+    again = {epoch for epoch, time in before.items() if folder.file(epoch).stat().st_mtime_ns != time}
+    assert again == {1, 2}  # the warm-up, where there is one, is not done again
+
+
+def test_fewer_epochs_than_are_kept_leave_the_later_ones(fit: Fit, tmp_path: Path) -> None:
+    short = fit(epochs=2)
+    fit(checkpoint=tmp_path, epochs=4)
+    assert_same_bits(fit(checkpoint=tmp_path, epochs=2), short)
+    assert CheckpointFolder(tmp_path).epochs() == [1, 2, 3, 4]
+    with pytest.raises(ArtifactError, match=r"epoch 3 cannot be resumed from: train.epochs = 2 ends before it"):
+        fit(checkpoint=tmp_path, epochs=2, resume_from=3)
+
+
+def test_examples_from_a_file_train_to_the_same_bits(fit: Fit, tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Counted(ExampleFiles):
+        def read(self, group: int) -> Any:
+            read.append(group)
+            return super().read(group)
+
+    def source(data: CtrData) -> ExampleSource:
+        write_examples(data.examples["train"], tmp_path / "examples.parquet", group_rows=100)
+        return Counted(tmp_path / "examples.parquet", len(data.user_ids), len(data.item_ids))
+
+    assert_same_bits(fit(source=source), fit())
+    assert read == [0, 1, 2, 3, 4, 5, 6] * 2  # 672 rows, in both epochs
 
 
 def _written(path: Path, content: bytes | bytearray) -> Path:
@@ -285,3 +352,12 @@ def test_tensorboard_reads_what_was_written(fit: Fit, tmp_path: Path) -> None:
         assert [scalar.value for scalar in events.Scalars(f"valid/{name}")] == wanted
     assert events.Scalars("rate/learning_rate")[0].value == pytest.approx(5e-4)
     assert all(scalar.value > 0 for scalar in events.Scalars("rate/examples_per_s"))
+
+
+def test_a_tensorboard_that_is_no_folder_costs_no_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    fit(checkpoint=kept)
+    (tmp_path / "board").write_text("a file")
+    with pytest.raises(ConfigError, match=r"train.tensorboard = '\S*board' cannot be written to \(File exists\)"):
+        fit(checkpoint=kept, resume_from=1, tensorboard=str(tmp_path / "board"))
+    assert CheckpointFolder(kept).epochs() == [1, 2]
