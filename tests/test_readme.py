@@ -27,6 +27,13 @@ def test_the_trainer_s_block_runs() -> None:
     assert names["adapter"].hidden.weight.grad is not None
 
 
+def test_the_own_backbone_in_the_docs_is_the_example() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    source = (ROOT / "examples" / "own_backbone.py").read_text(encoding="utf-8")
+    shown = next(b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "class Ranker" in b)
+    assert all(part.strip() in source for part in shown.split("\n\n\n"))
+
+
 def test_the_kernels_first_block_runs() -> None:
     names: dict[str, Any] = {}
     exec(KERNELS.split("```python\n")[1].split("```")[0], names)

@@ -56,6 +56,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return world, torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_learn_what_one_process_learns(two_ranks: tuple[Path, dict[str, Any]], case: str) -> None:
     world, found = two_ranks
@@ -64,6 +65,7 @@ def test_two_ranks_learn_what_one_process_learns(two_ranks: tuple[Path, dict[str
     assert_same_curves(found[case]["history"], alone["history"])
 
 
+@pytest.mark.slow
 def test_ranks_that_go_on_learn_the_same_bits(two_ranks: tuple[Path, dict[str, Any]]) -> None:
     _, found = two_ranks
     whole, resumed = found[RESUMED], found[f"{RESUMED}, resumed"]
