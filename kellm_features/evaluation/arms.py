@@ -140,7 +140,7 @@ def forms(variants: Collection[str]) -> list[Arm]:
         train = changes(CONTRASTIVE, affinity="history", **values)
         return replace(model, key=key, label=label, pairs=pairs, train=train)
 
-    with_profile = replace(model, profile=True)
+    with_profile, printed = replace(model, profile=True), changes(PRINTED, affinity="history")
     return [
         replace(model, key="none", label="no contrastive term"),
         form("printed-item", "joint, item side, as printed (w = 1.024 of a mean)", schedule="joint", weight=1.024),
@@ -153,7 +153,5 @@ def forms(variants: Collection[str]) -> list[Arm]:
         replace(with_profile, key="none-profile", label="with profile, no contrastive term"),
         replace(form("user", "with profile: pretrained, user side", sides="user"), profile=True),
         replace(form("both", "with profile: pretrained, both sides", sides="both"), profile=True),
-        replace(
-            with_profile, key="printed", label="with profile: as printed", train=changes(PRINTED, affinity="history")
-        ),
+        replace(with_profile, key="printed-both", label="with profile: joint, as printed", train=printed),
     ]

@@ -92,7 +92,7 @@ def _facts(world: World, planned: Sequence[Study], outcomes: Sequence[Outcome]) 
             + ", ".join(f"{VARIANTS[name]} {share:.0%}" for name, share in world.coverage.items())
         ),
         arms=tuple(arms.values()),
-        folds=evaluate.folds,
+        folds=len(world.folds),
         seeds=evaluate.seeds,
         budget=(
             f"each arm: learning rates {rates} on the last fold's validation part, {evaluate.epochs} epochs at most, "

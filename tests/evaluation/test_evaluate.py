@@ -106,7 +106,7 @@ def test_every_suite_has_rows(rows: list[ResultRow]) -> None:
         *("profile", "printed", "affinity", "kellmrec", "random-pairs", "shuffled", "noise"),
     }
     forms = {row.arm for row in rows if row.suite == "contrastive" and row.metric == "recall@20"}
-    assert {"none", "printed", "pretrain", "alternating", "random"} <= forms
+    assert {"none", "printed-both", "pretrain", "alternating", "random"} <= forms
 
 
 def test_values_are_those_of_the_predictions(folder: Path, rows: list[ResultRow]) -> None:
