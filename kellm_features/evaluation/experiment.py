@@ -92,9 +92,8 @@ def train_settings(world: World, cell: Cell) -> TrainSettings:
 def cell_folder(world: World, cell: Cell) -> Path:
     """Where a cell's result stands: named by a hash of everything that shapes it."""
     files = world.folds[cell.fold]
-    plain = asdict(
-        Arm("", "")
-    )  # what an arm does not say does not name it: a field that is added later changes nothing
+    # What an arm leaves alone does not name it: a field that is added later changes no name.
+    plain = asdict(Arm("", ""))
     arm = {name: value for name, value in asdict(cell.arm).items() if name not in _NAMES and value != plain[name]}
     texts = [world.item_vectors[name] for name in cell.arm.text.split("+")] if cell.arm.text else []
     trained = train_settings(world, cell).model_dump_json(exclude={"device", "compile"}) if cell.backbone else ""

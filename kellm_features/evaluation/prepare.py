@@ -16,7 +16,7 @@ from kellm_features.evaluation.world import FoldFiles, World, content_hash, prep
 from kellm_features.pipeline import Listener, run_stages
 from kellm_features.progress import track
 from kellm_features.schemas import INTERACTIONS, ITEMS, USERS, read_table
-from kellm_features.settings import Settings
+from kellm_features.settings import Settings, SwingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,18 @@ def with_data(settings: Settings, data: Path | None, wiki: Path | None) -> Setti
     return Settings.model_validate(tree)
 
 
+def _check_swing(swing: SwingSettings) -> None:
+    """Pairs are made here of all likes of a fold's train rows: what else [swing] can say is refused, not passed over."""
+    plain = SwingSettings()
+    for name in SwingSettings.model_fields:
+        value = getattr(swing, name)
+        if name not in ("preset", "top_k", "mode") and value != getattr(plain, name):
+            raise ConfigError(
+                f"swing.{name} = {value!r} has no effect on  kellm evaluate, which takes swing.preset and swing.top_k: "
+                "leave it out"
+            )
+
+
 def _columns(table: Path) -> list[str]:
     try:
         names: list[str] = pq.read_schema(table).names
@@ -97,6 +109,7 @@ def prepare(
     Raises:
         KellmError: what the stages find wrong with their input; descriptions that are about other items.
     """
+    _check_swing(settings.swing)
     run_dir = out / RUN
     run_stages(settings, run_dir, first="ingest", last="ingest", listener=listener)
     run_stages(settings, run_dir, first="wiki", last="link", listener=listener)

@@ -84,7 +84,7 @@ def prepare_fold(
 ) -> Path:
     """Write a fold's interactions and SWING pairs, once; a folder of the same split is left as it is.
 
-    Pairs of both sides come from likes in train rows alone, by the constants of [swing].
+    Pairs of both sides come from likes in train rows alone, by the preset of [swing].
 
     Returns:
         The fold's folder; `fold.json` is written last.

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kellm_features.errors import ConfigError, DataError
-from kellm_features.evaluation.prepare import with_data
+from kellm_features.evaluation.prepare import prepare, with_data
 from kellm_features.evaluation.texts import TextEncoder, read_descriptions
 from kellm_features.evaluation.world import save_vectors
 from kellm_features.settings import Settings
@@ -83,6 +83,13 @@ def test_a_coarse_clock_shuffles_ties(tmp_path: Path, coarse: bool) -> None:
     settings = with_data(Settings(), tmp_path, None)
     assert settings.data.interactions == tmp_path / "interactions.parquet"
     assert settings.history.ties == ("shuffle" if coarse else "strict")
+
+
+def test_constants_of_swing_that_would_be_passed_over(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"swing": {"alpha": 2.0, "preset": "yang"}})
+    with pytest.raises(ConfigError, match=r"swing\.alpha = 2\.0 has no effect"):
+        prepare(settings, "ctr", tmp_path / "out", descriptions=None, listener=lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
