@@ -70,7 +70,7 @@ def with_data(settings: Settings, data: Path | None, wiki: Path | None) -> Setti
 
 
 def _check_swing(swing: SwingSettings) -> None:
-    """Pairs are made here of all likes of a fold's train rows: what else [swing] can say is refused, not passed over."""
+    """Pairs are of all likes in a fold's train rows: what else [swing] can say is refused, not passed over."""
     plain = SwingSettings()
     for name in SwingSettings.model_fields:
         value = getattr(swing, name)
