@@ -338,7 +338,7 @@ class TrainSettings(Section):
     positives: Annotated[
         Literal["raw", "normalized"],
         Field(description="normalized: scores over (10 + times that the neighbour was liked), which tames hubs"),
-    ] = "raw"
+    ] = "normalized"
     field_dim: Annotated[int, Field(gt=0, description="width of the backbone's id and genre embeddings")] = 16
     weight_decay: Annotated[float, Field(ge=0, description="of AdamW")] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="in the backbone's hidden layers")] = 0.5

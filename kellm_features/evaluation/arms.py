@@ -60,9 +60,9 @@ class Arm:
 
 
 CONTRASTIVE = changes(
-    sides="item", schedule="pretrain", warmup_steps=600, reduction="mean", weight=0.01, positives="raw"
+    sides="item", schedule="pretrain", warmup_steps=600, reduction="mean", weight=0.01, positives="normalized"
 )
-"""The default form of the contrastive term: what the table of forms speaks for (docs/evaluation.md)."""
+"""The default form of the contrastive term: of those that teach neighbours, the best on validation."""
 
 PRINTED = changes(sides="both", schedule="joint", reduction="mean", weight=1.024, positives="raw")
 """KELLMRec's: a sum over its batches of 256 at w = 0.004, which is 1.024 times a mean, whatever the batch here."""
@@ -111,8 +111,9 @@ def kellmrec_arm(variants: Collection[str]) -> Arm:
 def nulls(variants: Collection[str]) -> list[Arm]:
     """What must not help as knowledge does: the same model with random pairs, with others' vectors, with noise."""
     model = affinity_arm(variants)
+    train = changes(CONTRASTIVE, affinity="history", positives="raw")  # random scores are not to be normalised
     return [
-        replace(kellmrec_arm(variants), key="random-pairs", label="null: random pairs", pairs="random"),
+        replace(model, key="random-pairs", label="null: random pairs", pairs="random", train=train),
         replace(model, key="shuffled", label="null: rows shuffled", rows="shuffled"),
         replace(model, key="noise", label="null: noise vectors", rows="noise"),
     ]
@@ -134,18 +135,18 @@ def forms(variants: Collection[str]) -> list[Arm]:
 
     All get the affinity to the history: there the geometry that the term makes is looked at directly.
     """
-    model = affinity_arm(variants)
+    model, raw = affinity_arm(variants), changes(CONTRASTIVE, affinity="history", positives="raw")
 
     def form(key: str, label: str, pairs: Literal["swing", "random"] = "swing", **values: str | float) -> Arm:
-        train = changes(CONTRASTIVE, affinity="history", **values)
+        train = changes(raw, **values)
         return replace(model, key=key, label=label, pairs=pairs, train=train)
 
     with_profile, printed = replace(model, profile=True), changes(PRINTED, affinity="history")
     return [
         replace(model, key="none", label="no contrastive term"),
-        form("printed-item", "joint, item side, as printed (w = 1.024 of a mean)", schedule="joint", weight=1.024),
-        form("mean-0.1", "joint, item side, mean, w = 0.1", schedule="joint", weight=0.1),
-        form("mean-0.01", "joint, item side, mean, w = 0.01", schedule="joint"),
+        form("printed-item", "joint, item side, w = 1.024", schedule="joint", weight=1.024),
+        form("mean-0.1", "joint, item side, w = 0.1", schedule="joint", weight=0.1),
+        form("mean-0.01", "joint, item side, w = 0.01", schedule="joint"),
         form("pretrain", "pretrained, then joint, item side"),
         form("alternating", "alternating, item side", schedule="alternating"),
         form("normalized", "pretrained, normalised pairs", positives="normalized"),

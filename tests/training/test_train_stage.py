@@ -169,14 +169,14 @@ def test_the_stage_trains_on_the_file_that_it_writes(context: Contexts, monkeypa
     assert file["liked"].to_pylist() == (train.label > 0).tolist()
 
 
-def test_normalized_positives_prefer_what_few_like(context: Contexts) -> None:
+def test_positives_are_normalized_unless_told_and_prefer_what_few_like(context: Contexts) -> None:
     interactions = pq.read_table(context("train").input("ingest", "interactions.parquet"))
     table = interactions.to_pandas()
     train = table[(table["split"] == "train") & table["liked"]]
-    data, _, raw = inputs(context("train", top_k=1))
+    data, _, raw = inputs(context("train", top_k=1, positives="raw"))
     counts = data.train_likes["item"]
     assert counts.tolist() == [int((train["item_id"] == item).sum()) for item in data.item_ids]
-    _, _, tamed = inputs(context("train", top_k=1, positives="normalized"))
+    _, _, tamed = inputs(context("train", top_k=1))
     likes = {name: counts[one["item"].candidates[:59, 0]].mean() for name, one in (("raw", raw), ("tamed", tamed))}
     assert likes["tamed"] < likes["raw"]
 
