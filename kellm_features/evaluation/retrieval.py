@@ -77,6 +77,8 @@ def retrieval_texts(world: World) -> dict[str, str]:
 def score_retrieval(world: World) -> list[ResultRow]:
     """Rows of the suite `retrieval`: every scorer on the test-cold items of every cold fold, set against popularity.
 
+    `hubs` in a label is the log of the in-degree, `facts` are year and genres as numbers.
+
     A weight of popularity is chosen on validation-cold items, for each truth by itself. Everything that is trained sees
     the encodings and the SWING rows of warm items alone.
     """
@@ -96,16 +98,16 @@ def score_retrieval(world: World) -> list[ResultRow]:
                 x = _encodings(world, variants)
                 label = _label(variants)
                 z = _adapted(task, x, seed=place)
-                add(f"{text} raw", f"{label}: cosine of the encodings + λ·log in-degree", _with_hubs(task, _cosine(x)))
+                add(f"{text} raw", f"raw + λ·hubs: {label}", _with_hubs(task, _cosine(x)))
                 add(
                     f"{text} knn",
-                    f"{label}: kNN transfer + λ·log in-degree",
+                    f"kNN + λ·hubs: {label}",
                     _with_hubs(task, _knn(task, x)),
                 )
-                add(f"{text} ridge raw", f"{label}: ridge transfer, no adapter", _ridge(task, standardized(task, x)))
-                add(f"{text} cosine", f"{label}: adapted, cosine", _judged(task, _cosine(z)))
-                add(f"{text} hubs", f"{label}: adapted + λ·log in-degree", _with_hubs(task, _cosine(z)))
-                add(text, f"{label}: adapted, ridge transfer", _ridge(task, z))
+                add(f"{text} ridge raw", f"ridge, raw: {label}", _ridge(task, standardized(task, x)))
+                add(f"{text} cosine", f"adapted, cosine: {label}", _judged(task, _cosine(z)))
+                add(f"{text} hubs", f"adapted + λ·hubs: {label}", _with_hubs(task, _cosine(z)))
+                add(text, f"ridge, adapted: {label}", _ridge(task, z))
                 advance(1, label)
             x = _encodings(world, list(texts.values())[-1])
             for key, label, inputs, targets in (
@@ -114,8 +116,8 @@ def score_retrieval(world: World) -> list[ResultRow]:
                 ("noise rows", "control: noise vectors", noise(x, seed=place), None),
             ):
                 z = _adapted(task, inputs, seed=place, targets=targets)
-                add(f"{key} cosine", f"{label}, adapted, cosine", _judged(task, _cosine(z)))
-                add(key, f"{label}, adapted, ridge transfer", _ridge(task, z))
+                add(f"{key} cosine", f"{label}, cosine", _judged(task, _cosine(z)))
+                add(key, f"{label}, ridge", _ridge(task, z))
                 advance(1, label)
     references = {key: POPULARITY for key in scored if key != POPULARITY}
     return _rows(world, tasks, list(scored.values()), "retrieval", "", references)
@@ -214,9 +216,13 @@ def _tuned(task: ColdRetrieval, scorer: Scorer, degree: Scores, weights: Sequenc
     )
 
 
-def _label(text: str) -> str:
-    names = VARIANTS | {FACTS: "year and genres as numbers"}
-    return " | ".join(names[name] if "+" not in text else name for name in text.split("+"))
+def _label(variants: str) -> str:
+    """Short, as it stands beside a bar: what all texts are, the ladder tells."""
+    names = VARIANTS | {FACTS: "facts"}
+    parts = variants.split("+")
+    texts = [name for name in parts if name != FACTS]
+    told = ["all texts"] if len(texts) > 1 else [names[name] for name in texts]
+    return ", ".join(told + ["facts"] * (FACTS in parts))
 
 
 def _rows(
