@@ -113,6 +113,7 @@ def test_an_engine_is_loaded_once_in_a_worker(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_engine_sees_the_gpu_that_spark_gave_to_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskContext, "_taskContext", None)  # making one makes this process a worker, till it is undone
     context = TaskContext()
     context._resources = {"gpu": ResourceInformation("gpu", ["GPU-3"])}
     monkeypatch.setattr(TaskContext, "get", lambda: context)
