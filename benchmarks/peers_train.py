@@ -118,7 +118,7 @@ class PlainLoop:
 
     def epoch(self) -> float:
         """Train on every example once, and give the mean cross entropy of clicks."""
-        total = 0.0
+        total, rows = 0.0, 0
         self.model.train()
         for user, item, label, features in self.loader:
             ids, label = {"user": user, "item": item}, label.to(self.device)
@@ -135,7 +135,8 @@ class PlainLoop:
             torch.autograd.backward(loss)
             self.optimizer.step()
             total += ctr.item() * len(label)
-        return total / len(self.loader.dataset)  # type: ignore[arg-type]  # a TensorDataset has a length
+            rows += len(label)
+        return total / rows
 
     def contrastive(self, side: str, ids: Tensor, z: Tensor) -> Tensor:
         """The printed term: each example against the positives of all."""
