@@ -10,7 +10,6 @@ once, in a new order, on the next inputs of a small pool. Rows are written as th
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import random
@@ -30,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from bench_place import add_wheels, device_name, git_commit, one_line, triton_version
+from bench_place import add_wheels, append_rows, device_name, git_commit, one_line, triton_version
 from bench_variants import IMPLS, OPS, NotHereError, Problem, Shape, build, true_gradients, true_loss
 from memory import peak_bytes
 
@@ -118,24 +117,17 @@ def main() -> None:
     rows: list[Row] = []
     skipped: set[str] = set()
     started = time.monotonic()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.out.exists()
-    with options.out.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS)
-        if new:
-            writer.writeheader()
-        for directions, op, batch in groups(options):
-            shape = Shape(batch, *options.dims)
-            name = f"{op}, {directions} direction(s), B {batch}"
-            if options.budget_s and time.monotonic() - started > options.budget_s:
-                print(f"not run, the budget of {options.budget_s:g} s is spent: {name}")
-                continue
-            print(name, flush=True)
-            problem = Problem(op, shape, directions, device, dtype, options.pool)
-            for row in measure(problem, limits, options, skipped):
-                rows.append(fixed | row)
-                writer.writerow(rows[-1])
-                handle.flush()
+    for directions, op, batch in groups(options):
+        shape = Shape(batch, *options.dims)
+        name = f"{op}, {directions} direction(s), B {batch}"
+        if options.budget_s and time.monotonic() - started > options.budget_s:
+            print(f"not run, the budget of {options.budget_s:g} s is spent: {name}")
+            continue
+        print(name, flush=True)
+        problem = Problem(op, shape, directions, device, dtype, options.pool)
+        for row in measure(problem, limits, options, skipped):
+            rows.append(fixed | row)
+            append_rows(options.out, FIELDS, rows[-1:])  # at once: a run that is cut off keeps what it has
     print("", *sorted(skipped), f"{len(rows)} rows appended to {options.out}\n", sep="\n")
     print_ratios(rows)
 

@@ -13,11 +13,6 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import csv
-import datetime
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 
 from kellm_features.knowledge.encoder import Encoder, encoder_folder
 from kellm_features.resources import mini_wiki_dump
@@ -63,23 +58,14 @@ def main() -> None:
     texts = read_texts(options.texts)
     with encoder("sentence_transformers", options.model) as encode:
         expected = encode(texts)
-    place = {
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "python": platform.python_version(),
-        "torch": importlib.metadata.version("torch"),
-        "sentence_transformers": importlib.metadata.version("sentence-transformers"),
-        "commit": options.commit or git_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    told = provenance("torch", "sentence-transformers", commit=options.commit)
     impls = options.impl or list(IMPLS)
     for turn in range(options.turns):
         for impl in impls if turn % 2 == 0 else impls[::-1]:
             row = run(impl, options.model, texts, expected)
-            row |= {"model": options.model, "impl": impl, "turn": turn + 1, **place}
+            row |= {"model": options.model, "impl": impl, "turn": turn + 1, **told}
             print(*(f"{name} {row[name]}" for name in COLUMNS[1:13]), sep=", ", flush=True)
-            append(row)
+            append_rows(OUT, COLUMNS, [row])
 
 
 def read_texts(count: int) -> list[str]:
@@ -138,16 +124,6 @@ def run(impl: str, model: str, texts: list[str], expected: npt.NDArray[np.float3
         "start_s": round(start_s, 2),
         "min_cosine": round(float(((vectors * expected).sum(axis=1) / norms).min()), 7),
     }
-
-
-def append(row: dict[str, Any]) -> None:
-    """Add a row to the table, with a header where it is new."""
-    new = not OUT.exists()
-    with OUT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ same prompts take once their answers are kept, by stage `generate`'s writer.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -66,14 +63,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(options.one[0], Path(options.one[1]), options.max_tokens)))
         return
-    from bench_place import git_commit, processor
+    from bench_place import append_rows, provenance
 
-    place = {
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "commit": options.commit or git_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    told_of = provenance(commit=options.commit)
     impls = options.impl or list(IMPLS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.json"
@@ -83,9 +75,9 @@ def main() -> None:
                 python = sys.executable if impl == "transformers" else options.vllm_python
                 command = [python, __file__, "--one", impl, str(file), "--max-tokens", str(options.max_tokens)]
                 told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                row = json.loads(told.splitlines()[-1]) | {"turn": turn + 1, **place}
+                row = json.loads(told.splitlines()[-1]) | {"turn": turn + 1, **told_of}
                 print(*(f"{name} {row[name]}" for name in COLUMNS[1:15]), sep=", ", flush=True)
-                append(row)
+                append_rows(OUT, COLUMNS, [row])
 
 
 def prompts(count: int) -> list[tuple[str, str]]:
@@ -231,16 +223,6 @@ def cached_tokens(impl: str, engine: Any) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
-
-
-def append(row: dict[str, Any]) -> None:
-    """Add a row to the table, with a header where it is new."""
-    new = not OUT.exists()
-    with OUT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,8 @@ grounding_cost.csv: CPU milliseconds per text, against pages drawn out to --page
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import random
 import re
 import time
@@ -38,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 from sklearn.metrics import roc_auc_score
 
 from kellm_features.knowledge.claims import find_claims
@@ -90,17 +87,16 @@ def main() -> None:
     options = parser.parse_args()
     written, descriptions, model = texts_of(options)
     sample = read(options, written, descriptions)
-    place = [processor(), platform.python_version(), git_commit()]
-    place.append(datetime.datetime.now(datetime.UTC).date().isoformat())
+    told = provenance()
     fixed = {"dataset": options.dataset, "model": model, "items": len(sample), "seed": options.seed}
-    fixed |= dict(zip(PLACE, place, strict=True))
+    fixed |= {name: told[name] for name in PLACE}
     for name, rows in (
         ("auc", right_and_wrong(sample, options.threshold, random.Random(options.seed))),
         ("swaps", swapped(sample, random.Random(options.seed))),
         ("cost", cost(sample, options.page_kb)),
     ):
         full = [{**row, **fixed} for row in rows]
-        append(DATA / f"grounding_{name}.csv", full)
+        append_rows(DATA / f"grounding_{name}.csv", list(full[0]), full)
         print(pd.DataFrame(rows).to_string(index=False), end="\n\n")
     by_score = sorted(sample, key=lambda item: grounding_score(item.texts[written], item.source()))
     for item in by_score[: options.worst]:
@@ -248,16 +244,6 @@ def cost(sample: Sequence[Item], page_kb: int) -> list[dict[str, object]]:
         row = {"source": name, "page_kb": page_kb, "mean_text_chars": round(float(np.mean([len(t) for t in texts])))}
         rows.append({**row, "cpu_ms": round(min(rounds), 3), "cores": os.cpu_count()})
     return rows
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Add rows to a table, with a header where it is new."""
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ and their vectors have the bits of the first run's; compared after the costs wer
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import platform
 import random
 import resource
 import subprocess
@@ -32,7 +29,7 @@ import numpy.typing as npt
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 
 from kellm_features.store.layout import ITEM_EMBEDDING
 
@@ -103,7 +100,9 @@ def main() -> None:
                 equal = digests[-1] == digests[0] and cost["rows_out"] == options.events
                 rows.append(shape(options) | {"impl": impl, "turn": turn} | cost | {"equal": equal})
                 print(*(f"{key} {rows[-1][key]}" for key in ("impl", *COSTS, "rows_out", "equal")), flush=True)
-    append(options, rows)
+    told = provenance("feast", "duckdb", "pyarrow", "numpy", commit=options.commit)
+    append_rows(options.out, FIELDS, (row | told for row in rows))
+    print(f"{len(rows)} rows appended to {options.out.name}")
     for impl in ("ours_index", "ours_rows"):
         for cost in ("work_cpu_s", "cpu_s", "peak_mib"):
             feast, ours = (np.mean([float(str(r[cost])) for r in rows if r["impl"] == i]) for i in (PEER, impl))
@@ -269,27 +268,6 @@ IMPLS: dict[str, Callable[[Path], Join]] = {
     "ours_index": lambda folder: ours(folder, rows=False),
     "ours_rows": lambda folder: ours(folder, rows=True),
 }
-
-
-def append(options: argparse.Namespace, rows: list[Row]) -> None:
-    """Add rows to the CSV, and its header where it is new."""
-    place: Row = {
-        "machine": processor(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("feast", "duckdb", "pyarrow", "numpy")},
-        "commit": options.commit or git_commit(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.out.exists()
-    with options.out.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(row | place for row in rows)
-    print(f"{len(rows)} rows appended to {options.out.name}")
 
 
 if __name__ == "__main__":

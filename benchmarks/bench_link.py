@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -25,7 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pandas as pd
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 
 from kellm_features.usage import measure
 from kellm_spark.linking import DOMAINS
@@ -51,14 +47,7 @@ def main() -> None:
     parser.add_argument("--disagreements", type=Path, help="CSV of judged links that are not the gold's, to read")
     parser.add_argument("--commit", help="instead of asking git")
     options = parser.parse_args()
-    place = {
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "pyspark": importlib.metadata.version("pyspark"),
-        "commit": options.commit or git_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    told = provenance("pyspark", commit=options.commit)
     pages = pd.read_parquet(
         options.wiki, columns=["wiki_page_id", "wiki_title", "redirect_to", "evidence", "year", "is_disambiguation"]
     )
@@ -69,12 +58,12 @@ def main() -> None:
         row = judge(links, gold, options.years)
         wrong.append(row.pop("disagreements").assign(method=method))
         row |= {"dataset": options.dataset or Path(options.catalogue).parent.name, "domain": options.domain}
-        row |= {"method": method, "pages": len(pages), **cost, **place}
+        row |= {"method": method, "pages": len(pages), **cost, **told}
         rows.append(row)
         print(*(f"{name} {row[name]}" for name in COLUMNS[2:13]), sep=", ", flush=True)
     if options.disagreements:
         pd.concat(wrong).to_csv(options.disagreements, index=False)
-    append(rows)
+    append_rows(OUT, COLUMNS, rows)
 
 
 def link(options: argparse.Namespace, method: str) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -140,16 +129,6 @@ def judge(links: pd.DataFrame, gold: pd.DataFrame, years: int) -> dict[str, obje
 def bare(title: str) -> str:
     """Without disambiguator and percent signs: some dumps carry titles as addresses."""
     return re.sub(r" \([^()]*\)$", "", unquote(title)).casefold()
-
-
-def append(rows: list[dict[str, object]]) -> None:
-    """Add rows to the table, with a header where it is new."""
-    new = not OUT.exists()
-    with OUT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,7 @@ float16  what the packed layout does to unit vectors and to their ten nearest ne
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import resource
 import shutil
@@ -34,9 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import redis
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 from peers_online import VIEW
 
 from kellm_features.store.definitions import apply_definitions
@@ -125,23 +119,23 @@ def main() -> None:
     """Run what the options name."""
     options = parse()
     with tempfile.TemporaryDirectory(prefix="bench-online-", dir=options.scratch) as folder, redis_server() as server:
-        place = where(server)
+        told = where(server, options.commit)
         if "float16" in options.only:
             row = {"op": "float16", "impl": "ours_packed", "items": 20_000, "dim": 384, "ids": 2000}
             row |= call("float16", queries=2000, items=20_000, dim=384)
             print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
-            append(options, [row | place])
+            append_rows(options.out, FIELDS, [row | told])
         if {"fill", "read"}.isdisjoint(options.only):
             return
         for dim in options.dims:
             root = Path(folder) / str(dim)
             filled = fill(options, server, root, dim)
             if "fill" in options.only:
-                append(options, [row | place for row in filled])
+                append_rows(options.out, FIELDS, [row | told for row in filled])
                 table(filled, "cpu_s peak_mib wall_s server_cpu_s bytes_per_item".split())
             if "read" in options.only:
                 rows = read(options, root, dim)
-                append(options, [row | place for row in rows])
+                append_rows(options.out, FIELDS, [row | told for row in rows])
                 table(rows, "ids cpu_p50_ms wall_p50_ms exact".split())
             server.flushall()
             shutil.rmtree(root)
@@ -321,30 +315,10 @@ def _mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(values) if values else 0.0
 
 
-def where(server: redis.Redis) -> Row:
-    """Machine, versions and date."""
-    return {
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("feast", "redis", "hiredis")},
-        "redis_server": server.info("server")["redis_version"],
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-    }
-
-
-def append(options: argparse.Namespace, rows: Sequence[Row]) -> None:
-    """Add rows to the CSV, and its header where it is new."""
-    commit = options.commit or git_commit()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.out.exists()
-    with options.out.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(row | {"commit": commit} for row in rows)
-    print(f"{len(rows)} rows appended to {options.out.name}")
+def where(server: redis.Redis, commit: str | None) -> Row:
+    """Machine, versions, commit and date."""
+    told: Row = provenance("feast", "redis", "hiredis", commit=commit)
+    return told | {"redis_server": server.info("server")["redis_version"]}
 
 
 if __name__ == "__main__":

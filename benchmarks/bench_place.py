@@ -1,14 +1,19 @@
-"""Where a benchmark runs: the machine, the versions, the commit, and peers that came as wheels."""
+"""Where a benchmark runs (the machine, the versions, the commit), peers that came as wheels, and the file of rows."""
 
 from __future__ import annotations
 
+import csv
+import datetime
+import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +68,35 @@ def git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changes else "")
+
+
+def provenance(*packages: str, commit: str | None = None) -> dict[str, Any]:
+    """Columns that tell where and when a row was measured: machine, versions of packages, commit and date.
+
+    Args:
+        packages: distributions; their columns are the names with _ for -.
+        commit: what is measured, where git cannot tell.
+    """
+    return {
+        "machine": processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        **{name.replace("-", "_"): importlib.metadata.version(name) for name in packages},
+        "commit": commit or git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV, with a header where it is new; what a row has beside the columns is left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def one_line(error: Exception) -> str:

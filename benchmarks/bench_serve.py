@@ -14,12 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import re
 import socket
@@ -36,7 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 from load_http import ID_BASE
 
 from kellm_features.store.backends import Namespace, open_backend, update
@@ -81,12 +76,7 @@ def main() -> None:
         options.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-serve-")))
         options.redis_port, options.redis = stack.enter_context(redis(options.folder))
         rows = options.call(options)
-    fresh = not options.out.exists()
-    with options.out.open("a", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(options.out, COLUMNS, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -180,7 +170,6 @@ def measured(
     before, redis_before = cpu_s(server), cpu_s(options.redis)
     told = load(options, port, spec)
     spent, redis_spent = cpu_s(server) - before, cpu_s(options.redis) - redis_before
-    place = {f"{module}": importlib.metadata.version(module) for module in ("feast", "redis", "fastapi", "uvicorn")}
     return {
         **{key: getattr(options, key) for key in "op layout items dim ids connections workers rate seconds".split()},
         "server": name,
@@ -188,12 +177,7 @@ def measured(
         **told,
         "server_cpu_ms": round(spent * 1000 / max(told["requests"], 1), 3),
         "redis_cpu_ms": round(redis_spent * 1000 / max(told["requests"], 1), 3),
-        **place,
-        "machine": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "commit": options.commit or git_commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **provenance("feast", "redis", "fastapi", "uvicorn", commit=options.commit),
     }
 
 

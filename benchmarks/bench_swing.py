@@ -14,12 +14,9 @@ on the tiny table comes first, so that Numba finds its compiled code on disk, as
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -36,7 +33,7 @@ import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 from peers_swing import IMPLS, MORE_IMPLS, RECFARM_CACHES, RECFARM_TOLERANCE, TOLERANCE, agreement, missing
 
 from kellm_features.usage import measure
@@ -162,10 +159,10 @@ def peers(options: argparse.Namespace) -> None:
             rows[impl]["error"] = str(error)
         print(f"  {impl}: {rows[impl].get('error') or '{cpu_s} CPU s, {wall_s} s'.format(**rows[impl])}", flush=True)
     check(rows, options.scratch)
-    place = where()
+    told = where(options)
     if not RECFARM_CACHES.keys().isdisjoint(rows):
-        place["recfarm"] = importlib.metadata.version("recfarm")
-    append(options, PEERS, [row | place for row in rows.values()])
+        told["recfarm"] = importlib.metadata.version("recfarm")
+    append_rows(options.out, PEERS, (row | told for row in rows.values()))
     print_ratios(rows)
     if any("error" in row for row in rows.values()):
         raise SystemExit(1)
@@ -261,7 +258,7 @@ def growth(options: argparse.Namespace) -> None:
             each, base = (float(str(r[name])) / float(str(r["interactions"])) for r in (row, first))
             row[ratio] = round(each / base, 3)
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
-        append(options, GROWTH, [row | where()])
+        append_rows(options.out, GROWTH, [row | where(options)])
         source.unlink()
 
 
@@ -290,10 +287,10 @@ def caps(options: argparse.Namespace) -> None:
     for cap in options.caps:
         over = degrees.index[degrees > cap]
         told = {"dataset": dataset(options), "side": options.side, "preset": options.preset, "cap": cap}
-        rows.append(told | nearness(exact[exact["anchor_id"].isin(over)], pairs(cap)) | where())
+        rows.append(told | nearness(exact[exact["anchor_id"].isin(over)], pairs(cap)) | where(options))
         print(*(f"{name} {rows[-1].get(name)}" for name in CAPS[3:10]), sep=", ", flush=True)
     stop_session()
-    append(options, CAPS, rows)
+    append_rows(options.out, CAPS, rows)
 
 
 def nearness(exact: pd.DataFrame, capped: pd.DataFrame) -> Row:
@@ -328,7 +325,7 @@ def ml1m(options: argparse.Namespace) -> None:
         row |= {"interactions": interactions, "rows_out": count(out)}
         row |= {name: round(cost[name], 2) for name in COSTS}
         print(*(f"{name} {value}" for name, value in row.items()), sep=", ", flush=True)
-        append(options, ML1M, [row | where()])
+        append_rows(options.out, ML1M, [row | where(options)])
 
 
 def swing_command(options: argparse.Namespace, source: Path, side: str, mode: str) -> list[str]:
@@ -455,30 +452,9 @@ def dataset(options: argparse.Namespace) -> str:
     return str(options.name or options.interactions.resolve().parent.name)
 
 
-def where() -> Row:
-    """Machine, versions and date."""
-    return {
-        "machine": processor(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "pyspark": importlib.metadata.version("pyspark"),
-        "numba": importlib.metadata.version("numba"),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-    }
-
-
-def append(options: argparse.Namespace, fields: list[str], rows: Sequence[Row]) -> None:
-    """Add rows to the CSV, and its header where it is new."""
-    commit = options.commit or git_commit()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.out.exists()
-    with options.out.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, fields, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(row | {"commit": commit} for row in rows)
-    print(f"{len(rows)} rows appended to {options.out.name}")
+def where(options: argparse.Namespace) -> Row:
+    """Machine, versions, commit and date."""
+    return provenance("pyspark", "numba", commit=options.commit)
 
 
 if __name__ == "__main__":

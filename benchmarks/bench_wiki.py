@@ -18,11 +18,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import csv
-import datetime
-import importlib.metadata
 import json
-import platform
 import re
 import shutil
 import subprocess
@@ -33,9 +29,8 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 
 from kellm_features.usage import measure
 
@@ -234,24 +229,9 @@ def _renumbered(job: tuple[bytes, int]) -> bytes:
 
 
 def append(options: argparse.Namespace, row: Row) -> None:
-    """Add a row to the CSV, and its header where it is new."""
-    row |= {
-        "dataset": options.name,
-        "machine": processor(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "pyspark": importlib.metadata.version("pyspark"),
-        "commit": options.commit or git_commit(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-    }
-    path = DATA / f"wiki_{options.what}.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, [*FIELDS[options.what], *PLACE], extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Add a row to the table of what is measured, and print it."""
+    row |= {"dataset": options.name, **provenance("pyspark", commit=options.commit)}
+    append_rows(DATA / f"wiki_{options.what}.csv", [*FIELDS[options.what], *PLACE], [row])
     print(*(f"{key} {row.get(key)}" for key in FIELDS[options.what]), sep=", ", flush=True)
 
 

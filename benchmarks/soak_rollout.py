@@ -18,12 +18,9 @@ was not what it should be.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
-import platform
 import random
 import re
 import shutil
@@ -42,7 +39,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-from bench_place import git_commit, processor
+from bench_place import append_rows, provenance
 from numpy.typing import NDArray
 
 from kellm_features import schemas
@@ -102,7 +99,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="soak-") as folder, online_store(store, Path(folder)) as online:
             rows.append(soak(store, Path(folder), online, options) | where(options))
         show(rows[-1])
-    append(options.out, rows)
+    append_rows(options.out, FIELDS, rows)
+    print(f"{len(rows)} rows appended to {options.out.name}")
     if any(row[name] or row[f"feast_{name}"] for row in rows for name in BAD):
         raise SystemExit(1)
 
@@ -371,16 +369,9 @@ def where(options: argparse.Namespace) -> Row:
     server = shutil.which("redis-server")
     said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout if server else ""
     return {
-        "machine": processor(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
+        **provenance("redis", "feast", commit=options.commit),
         "sqlite": sqlite3.sqlite_version,
         "redis_server": found[1] if (found := re.search(r"v=(\S+)", said)) else "",
-        "redis": importlib.metadata.version("redis"),
-        "feast": importlib.metadata.version("feast"),
-        "commit": options.commit or git_commit(),
-        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
     }
 
 
@@ -395,18 +386,6 @@ def show(row: Row) -> None:
     for name in names:
         print(f"{name:16}{row[name]:>14,}{row[f'feast_{name}']:>16,}")
     print(", ".join(f"{name} {row[name]:,}" for name in TIMES), flush=True)
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Add rows to the CSV, and its header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, extrasaction="ignore", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows appended to {path.name}")
 
 
 if __name__ == "__main__":
