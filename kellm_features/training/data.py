@@ -4,8 +4,8 @@ User ids are never features: under the user split those of valid and test users 
 split leaving them out keeps one model for both. The history stands for the user.
 
 Item ids without train rows share row 0, *unknown*. It is trained by replacing the target's id with it in a share of
-the train examples (`ID_DROPOUT`), so a cold item is scored from genres, text and the user's side. In a history such
-items are left out of the means of ids; their genres and their like flag still count.
+the train examples (`ID_DROPOUT`), so a cold item is scored from genres, year, text and the user's side. In a history
+such items are left out of the means of ids; their genres and their like flag still count.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ATTRIBUTES = ("gender", "age", "occupation")
 FIELDS = {
     "item": "item",
     "genres": "genre",
+    "year": "year",
     "gender": "gender",
     "age": "age",
     "occupation": "occupation",
@@ -47,8 +48,8 @@ FIELDS = {
     "history_disliked_genres": "genre",
 }
 """Field -> the table that it looks up. `history_flags` carries the shares of likes and dislikes, which the means of
-items and of genres do not. The genres of a history let a model without text know a taste, as its items alone do not:
-without them text would be credited with what genres tell."""
+items and of genres do not. A target's year, and the genres of a history, which let a model without text know a taste as
+its items alone do not, are what any catalogue tells: without them text would be credited with it."""
 HISTORY_GENRES = 64
 """Genres that the fields of a history's genres tell apart, most frequent first: each costs one number an example.
 MovieLens has 18; a catalogue of free tags has thousands, nearly all of them rare."""
@@ -100,6 +101,7 @@ class CtrData:
     _genres: Bag = field(repr=False)
     _genre_shares: Tensor = field(repr=False)
     _genre_rows: Tensor = field(repr=False)
+    _year: Tensor = field(repr=False)
     _attributes: Tensor = field(repr=False)
 
     @property
@@ -133,6 +135,7 @@ class CtrData:
         fields = {
             "item": Bag(self._item[shown, None], one),
             "genres": Bag(self._genres.ids[places], self._genres.weights[places]),
+            "year": Bag(self._year[places, None], one),
         }
         for column, name in enumerate(ATTRIBUTES):
             fields[name] = Bag(self._attributes[mine, column, None], one)
@@ -217,6 +220,7 @@ def build_ctr_data(
     )
     item_rows, item_vocabulary = _vocabulary(pd.Series(item_ids), item_in_train)
     genres, genre_vocabulary = _genres(items, item_in_train)
+    years, year_vocabulary = _vocabulary(items.column("year").cast(pa.string()).to_pandas(), item_in_train)
     genre_shares, genre_rows = _genre_shares(genres, len(genre_vocabulary))
     attributes, vocabularies = _attributes(users, user_in_train)
     past = roles[roles["role"] == "history"]
@@ -229,6 +233,7 @@ def build_ctr_data(
         vocabularies={
             "item": item_vocabulary,
             "genre": genre_vocabulary,
+            "year": year_vocabulary,
             **vocabularies,
             "flag": ["liked", "disliked"],
         },
@@ -246,6 +251,7 @@ def build_ctr_data(
         _genres=genres,
         _genre_shares=genre_shares,
         _genre_rows=genre_rows,
+        _year=functional.pad(torch.from_numpy(years), (1, 0)),
         _attributes=attributes,
         events=events,
         flags=flags,

@@ -13,6 +13,7 @@ from kellm_features.training.features import Features
 ITEM_IDS = [10, 20, 30, 40, 50, 60]
 GENRES = [["A", "B"], ["A"], ["B"], [], ["C"], ["A", "D"]]
 ROWS = [1, 2, 3, 4, 0, 5]  # of the table `item`: item 50 has no train rows
+YEARS = [1990, 1980, None, 1990, 1970, 1980]
 GENRE_ROWS = {"A": 1, "B": 2, "D": 3}  # C stands at item 50 alone
 # The first half of a user's events is history, at most three of them.
 EVENTS = {
@@ -32,7 +33,7 @@ def small_data(seen_history: int | None = None) -> CtrData:
     frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], unit="s", utc=True).astype(
         "datetime64[us, UTC]"
     )
-    items = pd.DataFrame({"item_id": ITEM_IDS, "title": "x", "year": None, "genres": GENRES})
+    items = pd.DataFrame({"item_id": ITEM_IDS, "title": "x", "year": YEARS, "genres": GENRES})
     users = pd.DataFrame(
         {"user_id": [1, 2, 3, 4], "gender": ["F", "M", "F", None], "age": "25", "occupation": ["a", None, "b", "a"]}
     )

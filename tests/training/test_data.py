@@ -29,6 +29,7 @@ def test_fields_by_hand() -> None:
     expected: dict[str, list[dict[int, float]]] = {
         "item": [{0: 1}, {3: 1}, {1: 1}],
         "genres": [{}, {2: 1}, {1: 0.5, 2: 0.5}],
+        "year": [{0: 1}, {0: 1}, {2: 1}],  # 1970 has no train rows, item 30 no year
         "gender": [{0: 1}, {1: 1}, {0: 1}],  # M has no train rows
         "age": [{1: 1}] * 3,
         "occupation": [{0: 1}, {1: 1}, {1: 1}],
@@ -65,7 +66,8 @@ def test_examples_counts_and_likes_by_hand() -> None:
     assert data.history_length.tolist() == [3, 3, 1, 0]
     assert data.train_likes["item"].tolist() == [1, 0, 1, 1, 0, 0]
     assert data.train_likes["user"].tolist() == [3, 0, 0, 0]
-    assert data.table_rows == {"item": 6, "genre": 4, "gender": 2, "age": 2, "occupation": 2, "flag": 3}
+    assert data.table_rows == {"item": 6, "genre": 4, "year": 3, "gender": 2, "age": 2, "occupation": 2, "flag": 3}
+    assert data.vocabularies["year"] == ["1980", "1990"]
 
 
 def test_a_shorter_history_has_the_same_targets() -> None:
