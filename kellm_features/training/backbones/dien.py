@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kellm_features.training.backbones.parts import Dice, Tables, check_knowledge, dnn
-from kellm_features.training.backbones.sequence import Sequence, SequenceInput
+from kellm_features.training.backbones.sequence import HeadOptions, Sequence, SequenceRanker
 from kellm_features.training.features import Features
 
 Evolution = Literal["augru", "agru", "aigru"]
@@ -76,23 +75,20 @@ class AttentionalGru(nn.Module):
         return state
 
 
-class DIEN(nn.Module):
+class DIEN(SequenceRanker):
     """DIEN (Zhou et al. 2019): a GRU over the events, then one that evolves with the attention of the target.
 
     `h_t` are the states of a GRU over the events (interest extraction); `a_t = softmax_t(h_t W v)` over the steps
     (attention to the target v); the last state of `AttentionalGru` over `h_t` with `a_t` is the interest. What events
-    and v are is told by `SequenceInput`. The logit is a DNN with Dice over [interest, target, the user's fields,
-    knowledge] plus a bias of the target's item, as in `DIN`. With an empty history the interest is 0.
+    and v are is told by `SequenceInput`, and the rest of the model by `SequenceRanker`.
 
     Args:
-        fields: field name -> table it looks up: `item`, `genres`, and those of the user.
+        fields: field name -> table it looks up: `item`, `genres`, and others.
         tables: table name -> rows; `flag` among them.
         field_dim: k, width of a row.
-        knowledge_dim: K, total width of the knowledge vectors; 0 for none.
-        layers: widths of the DNN (KAR: 200, 80).
-        dropout: in the DNN, after each hidden layer and on the knowledge vectors that enter it.
         evolution: `augru` (the paper's best), `agru` or `aigru` (KAR's).
         auxiliary_weight: of `auxiliary` in the loss; 0 leaves it out, as KAR does.
+        head: of the DNN.
     """
 
     def __init__(
@@ -101,51 +97,26 @@ class DIEN(nn.Module):
         tables: Mapping[str, int],
         field_dim: int,
         *,
-        knowledge_dim: int = 0,
-        layers: tuple[int, ...] = (200, 80),
-        dropout: float = 0.0,
         evolution: Evolution = "augru",
         auxiliary_weight: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
-        super().__init__()
-        self.input = SequenceInput(fields, tables, field_dim)
+        super().__init__(fields, tables, field_dim, **head)
         width = self.input.width
         self.extraction = nn.GRU(width, width)
         self.attention = nn.Linear(width, width, bias=False)
         self.evolution = AttentionalGru(width, width, evolution)
-        self.linear = Tables({"item": tables[fields["item"]]}, 1, std=0.0)
-        self.knowledge_dim = knowledge_dim
-        self.deep = dnn(2 * width + self.input.context_width + knowledge_dim, layers, Dice, dropout)
-        self.knowledge_dropout = nn.Dropout(dropout)
         self.auxiliary_weight = auxiliary_weight
 
-    def first_order_parameters(self) -> list[nn.Parameter]:
-        """The biases of single ids, which a trainer may give a rate of their own."""
-        return [*self.linear.parameters()]
-
-    def forward(self, features: Features, knowledge: Tensor | None = None) -> Tensor:
-        """Logits (B,) of a batch.
-
-        Args:
-            features: items, targets, histories, and the user's fields.
-            knowledge: (B, K), or None where the model was built for none.
-
-        Raises:
-            ValueError: knowledge of another width.
-        """
-        check_knowledge("DIEN", knowledge, self.knowledge_dim)
-        seen, rows, mask = self._in_time(features)
+    def interest(self, seen: Sequence) -> Tensor:
+        """The last state of the evolution, (B, V)."""
+        rows, mask = _in_time(seen)
         states, _ = self.extraction(functional.embedding(rows, seen.distinct))
         scores = torch.einsum("lbh,bh->lb", states, self.attention(seen.target))
         lowest = torch.finfo(scores.dtype).min
         attention = torch.softmax(scores.masked_fill(~mask, lowest), dim=0) * mask
-        interest = self.evolution(states, attention, mask)
-        parts = [interest, seen.target, seen.context]
-        if knowledge is not None:
-            parts.append(self.knowledge_dropout(knowledge))
-        bias = self.linear.mean("item", features.items["item"])
-        out: Tensor = self.deep(torch.cat(parts, dim=1)) + functional.embedding(features.target, bias)
-        return out.squeeze(1)
+        out: Tensor = self.evolution(states, attention, mask)
+        return out
 
     def auxiliary(self, features: Features, generator: torch.Generator | None = None) -> Tensor:
         """The paper's second loss: a state tells the event that came next from one that did not.
@@ -158,7 +129,8 @@ class DIEN(nn.Module):
             features: of the batch.
             generator: on the CPU, for the negatives; None: PyTorch's own.
         """
-        seen, rows, mask = self._in_time(features)
+        seen: Sequence = self.input(features)
+        rows, mask = _in_time(seen)
         events = functional.embedding(rows, seen.distinct)
         states: Tensor = self.extraction(events)[0]
         flags = self.input.flags
@@ -174,11 +146,11 @@ class DIEN(nn.Module):
         mean: Tensor = (terms * counted).sum() / counted.sum().clamp(min=1)
         return mean
 
-    def _in_time(self, features: Features) -> tuple[Sequence, Tensor, Tensor]:
-        """The batch's vectors, and its events' rows and mask, (L, B): time first, what is no event behind the rest.
 
-        A GRU then passes over gaps without being told of them.
-        """
-        seen: Sequence = self.input(features)
-        order = torch.argsort(~seen.mask, dim=1, stable=True)
-        return seen, seen.events.gather(1, order).T.contiguous(), seen.mask.gather(1, order).T
+def _in_time(seen: Sequence) -> tuple[Tensor, Tensor]:
+    """A batch's events, as rows and mask, (L, B): time first, what is no event behind the rest.
+
+    A GRU then passes over gaps without being told of them.
+    """
+    order = torch.argsort(~seen.mask, dim=1, stable=True)
+    return seen.events.gather(1, order).T.contiguous(), seen.mask.gather(1, order).T
