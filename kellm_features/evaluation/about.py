@@ -41,19 +41,17 @@ class EvaluationFacts(_Frozen):
     data: str
     """The data in one line: its name, interactions, users and items."""
     arms: tuple[ArmFacts, ...] = ()
-    folds: int | None = None
-    seeds: int | None = None
     budget: str = ""
     """What each arm may spend on tuning, in one line."""
     version: str = ""
-    commit: str = ""
     machine: str = ""
     split_hashes: dict[str, str] = {}
     """Fold -> hash of its split."""
     finished: datetime | None = None
     seconds: float | None = None
+    """That the trainings took, those that an earlier call had finished too."""
     trainings: int | None = None
-    """Models trained."""
+    """Models that the last call asked for."""
     planned: tuple[Planned, ...] = ()
     """What a complete run holds: the page says what of it is missing."""
 

@@ -37,7 +37,8 @@ class Arm:
     """Whether the user's profile is given as well."""
     rows: Rows = "own"
     """`shuffled`: each item has another's vector; `noise`: normal noise of the same moments. Nulls."""
-    pairs: Literal["swing", "random"] = "swing"
+    pairs: Literal["swing", "kellmrec", "random"] = "swing"
+    """Positives: SWING's by the preset of [swing], by KELLMRec's preset, or drawn at random."""
     train: Changes = _PLAIN
     """Settings of [train] that make this arm."""
     baseline: Literal["item-mean", "rating-statistics"] | None = None
@@ -54,7 +55,7 @@ class Arm:
             return seen
         rows = {"own": "", "shuffled": ", of another item or user each", "noise": ", replaced by noise"}[self.rows]
         values = ", ".join(f"{name} = {value}" for name, value in self.train)
-        pairs = ", random pairs" if self.pairs == "random" else ""
+        pairs = {"swing": "", "kellmrec": ", pairs by the preset kellmrec", "random": ", random pairs"}[self.pairs]
         profile = "profile and " if self.profile else ""
         return f"{seen}; {profile}{self.text.replace('+', ' | ')}{rows}{pairs}; {values}"
 
@@ -64,8 +65,9 @@ CONTRASTIVE = changes(
 )
 """The default form of the contrastive term: of those that teach neighbours, the best on validation."""
 
-PRINTED = changes(sides="both", schedule="joint", reduction="mean", weight=1.024, positives="raw")
-"""KELLMRec's: a sum over its batches of 256 at w = 0.004, which is 1.024 times a mean, whatever the batch here."""
+PRINTED = changes(sides="both", schedule="joint", reduction="mean", weight=1.024, positives="raw", top_k=1)
+"""KELLMRec's: the first neighbour; a sum over its batches of 256 at w = 0.004, which is 1.024 times a mean whatever the
+batch here. Batch, encoder and learning rate are those of all arms, not KELLMRec's."""
 
 REFERENCE = "id-30"
 ITEM_MEAN = Arm("item-mean", "item mean", baseline="item-mean")
@@ -93,7 +95,8 @@ def profile_arm(variants: Collection[str]) -> Arm:
 
 def printed_arm(variants: Collection[str]) -> Arm:
     """KELLMRec's own form: profile and texts concatenated, both contrastive terms in one loss with the clicks."""
-    return replace(profile_arm(variants), key="printed", label="+ contrastive, as printed", train=PRINTED)
+    label = "+ contrastive, after KELLMRec"
+    return replace(profile_arm(variants), key="printed", label=label, pairs="kellmrec", train=PRINTED)
 
 
 def affinity_arm(variants: Collection[str]) -> Arm:
@@ -141,7 +144,8 @@ def forms(variants: Collection[str]) -> list[Arm]:
         train = changes(raw, **values)
         return replace(model, key=key, label=label, pairs=pairs, train=train)
 
-    with_profile, printed = replace(model, profile=True), changes(PRINTED, affinity="history")
+    with_profile = replace(model, profile=True)
+    printed = replace(with_profile, pairs="kellmrec", train=changes(PRINTED, affinity="history"))
     return [
         replace(model, key="none", label="no contrastive term"),
         form("printed-item", "joint, item side, w = 1.024", schedule="joint", weight=1.024),
@@ -154,5 +158,5 @@ def forms(variants: Collection[str]) -> list[Arm]:
         replace(with_profile, key="none-profile", label="with profile, no contrastive term"),
         replace(form("user", "with profile: pretrained, user side", sides="user"), profile=True),
         replace(form("both", "with profile: pretrained, both sides", sides="both"), profile=True),
-        replace(with_profile, key="printed-both", label="with profile: joint, as printed", train=printed),
+        replace(printed, key="printed-both", label="with profile: joint, after KELLMRec"),
     ]

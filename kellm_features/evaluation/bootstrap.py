@@ -181,11 +181,6 @@ class ClusterBootstrap:
         self._check_probabilities(labels, probabilities)
         return self.mean(cross_entropy(labels, probabilities), where)
 
-    def brier(self, labels: BoolArray, probabilities: FloatArray, where: BoolArray | None = None) -> Estimate:
-        """Mean squared distance of probability and label."""
-        self._check_probabilities(labels, probabilities)
-        return self.mean((probabilities.astype(np.float64) - labels) ** 2, where)
-
     def mean(self, values: FloatArray, where: BoolArray | None = None) -> Estimate:
         """Mean of a number that each example has: a loss, or the recall of each item where the clusters are items.
 

@@ -1,8 +1,8 @@
 """Retrieval for cold items: the true SWING neighbours of items that had no interaction when everything was trained.
 
-A share of the items is drawn and all their interactions are hidden. What is left trains; the hidden likes then tell
-which neighbours each cold item really has. Scorers give every cold item a score for every other item of the catalogue,
-and are judged by the neighbours among their best k.
+A share of the items is drawn and all their interactions are hidden, as are those of users who are held out. What is
+left trains; the likes of all users then tell which neighbours each cold item really has. Scorers give every cold item
+a score for every other item of the catalogue, and are judged by the neighbours among their best k.
 
 SWING scores grow with popularity, so a list of hubs retrieves much by itself. Hence two truths: `raw`, the neighbours
 by score, and `normalized`, by score / (likes + 10), where popularity tells little.
@@ -55,22 +55,6 @@ class ColdSplit:
         return warm
 
 
-def draw_cold(n_items: int, seed: int, *, valid_share: float = 0.05, test_share: float = 0.15) -> ColdSplit:
-    """Draw cold items, each item alike.
-
-    Raises:
-        DataError: shares that leave no validation, test or warm item.
-    """
-    n_valid, n_test = int(valid_share * n_items), int(test_share * n_items)
-    if min(n_valid, n_test, n_items - n_valid - n_test) < 1:
-        raise DataError(
-            f"shares of {valid_share} for validation and {test_share} for test give {n_valid} and {n_test} of "
-            f"{n_items} items: at least one item is needed in each, and one warm item"
-        )
-    drawn = np.random.default_rng(seed).permutation(n_items)
-    return ColdSplit(np.sort(drawn[:n_valid]), np.sort(drawn[n_valid : n_valid + n_test]), n_items)
-
-
 @dataclass(frozen=True)
 class Truth:
     """The best neighbours of each item, as two (N, k) arrays."""
@@ -86,14 +70,14 @@ class ColdRetrieval:
     """What scorers may see of the warm items, and what the cold ones are judged by.
 
     Dense (N, N) float32: 60 MB for MovieLens-1M. Scorers read `swing`, `degree` and `in_degree`, which know of no
-    interaction of a cold item; `truth` is for `judge`.
+    interaction of a cold item or of a user who is held out; `truth` is for `judge`, and of all likes.
     """
 
     split: ColdSplit
     swing: Float32
     """(N, N) SWING scores among warm items; rows and columns of cold items are 0."""
     degree: Int
-    """(N,) likes of warm items, 0 for cold ones."""
+    """(N,) train users' likes of warm items, 0 for cold ones."""
     in_degree: Int
     """(N,) times that an item stands in the best k of a warm item's list."""
     truth: Mapping[str, Truth]
@@ -114,13 +98,20 @@ class ColdRetrieval:
 
 
 def cold_retrieval(
-    user: npt.ArrayLike, item: npt.ArrayLike, split: ColdSplit, *, preset: str = "yang", k: int = 20
+    user: npt.ArrayLike,
+    item: npt.ArrayLike,
+    trains: npt.ArrayLike,
+    split: ColdSplit,
+    *,
+    preset: str = "yang",
+    k: int = 20,
 ) -> ColdRetrieval:
-    """Set the task up from all likes.
+    """Set the task up: the truth from all likes, what trains from train users' likes of warm items.
 
     Args:
         user: (R,) integers, of each like.
         item: (R,) indices below `split.n_items`.
+        trains: (R,) bool, whether the like is of a train user.
         split: which items are cold.
         preset: of SWING, for the truth and for what trains.
         k: neighbours that count as true, and that a scorer may name.
@@ -140,13 +131,13 @@ def cold_retrieval(
         "raw": _best(scores, k),
         "normalized": _best(scores / (likes + SMOOTHING), k),
     }
-    kept = warm[items]
+    kept = warm[items] & np.asarray(trains)
     swing = _dense(*swing_lists(users[kept], items[kept], n_items, preset=preset, top_k=n_items), n_items)
     named = _best(swing, k).neighbors
     return ColdRetrieval(
         split=split,
         swing=swing,
-        degree=np.where(warm, likes, 0),
+        degree=np.bincount(items[kept], minlength=n_items),
         in_degree=np.bincount(named[named >= 0], minlength=n_items),
         truth=truth,
         k=k,
@@ -278,15 +269,6 @@ def ridge_transfer(
     return found
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A weight of the degree term, and what it retrieves of the validation items."""
-
-    weight: float
-    recall: Mapping[str, float]
-    """By truth."""
-
-
 def tune(
     task: ColdRetrieval,
     scorer: Callable[[Int], Float],
@@ -294,8 +276,8 @@ def tune(
     *,
     truths: Sequence[str] = TRUTHS,
     weights: Sequence[float] = LAMBDAS,
-) -> Tuned:
-    """Choose the weight of a degree term by validation items alone.
+) -> float:
+    """The weight of a degree term that validation items choose.
 
     The best mean recall wins, each truth's recall taken relative to the best that any weight gives it, so that the
     smaller numbers of `normalized` weigh as much. One weight for both truths is what one index can serve.
@@ -320,7 +302,7 @@ def tune(
     if np.isnan(list(best.values())).any():
         raise DataError("no validation item has a neighbour to be judged by: draw more cold items")
     chosen = max(range(len(tried)), key=lambda at: sum(tried[at][name] / best[name] for name in truths))
-    return Tuned(weights[chosen], tried[chosen])
+    return weights[chosen]
 
 
 def _dense(anchors: Int, neighbors: Int, scores: Float, n_items: int) -> Float32:

@@ -84,6 +84,8 @@ def train_settings(world: World, cell: Cell) -> TrainSettings:
         "workers": 0,
         "tensorboard": None,
         "keep_checkpoints": None,
+        "profile": True,  # the backbone gets whatever sides an arm has
+        "affinity": "none",
         **dict(cell.arm.train),
     }
     return TrainSettings.model_validate(world.settings.train.model_dump() | changes)
@@ -96,7 +98,7 @@ def cell_folder(world: World, cell: Cell) -> Path:
     plain = asdict(Arm("", ""))
     arm = {name: value for name, value in asdict(cell.arm).items() if name not in _NAMES and value != plain[name]}
     texts = [world.item_vectors[name] for name in cell.arm.text.split("+")] if cell.arm.text else []
-    trained = train_settings(world, cell).model_dump_json(exclude={"device", "compile"}) if cell.backbone else ""
+    trained = _told(train_settings(world, cell), cell.arm) if cell.backbone else ""
     parts = {
         "arm": json.dumps(arm, sort_keys=True),
         "train": trained,
@@ -108,6 +110,17 @@ def cell_folder(world: World, cell: Cell) -> Path:
         "version": f"{kellm_features.__version__} torch {torch.__version__}",
     }
     return world.root / "cells" / digest(parts)[:24]
+
+
+def _told(settings: TrainSettings, arm: Arm) -> str:
+    """Settings of a cell that shape its result, as JSON."""
+    silent = {"device", "compile", "profile"}  # the arm says the third
+    if settings.sides == "none":
+        silent |= {"schedule", "warmup_steps", "temperature", "weight", "reduction", "top_k", "positives"}
+    if arm.text is None:
+        silent |= {"adapter", "shared_experts", "specific_experts", "hidden", "dim", "activation"}
+        silent |= {"adapter_learning_rate", "affinity"}
+    return settings.model_dump_json(exclude=silent)
 
 
 def finished(world: World, cell: Cell) -> Outcome | None:

@@ -80,6 +80,7 @@ def write_page(
             version=facts.version or __version__,
             figures=_figures(rows, facts),
             missing=missing(rows, facts),
+            capped=tables.capped(rows),
             about=_about(facts),
             parts=[*_parts(rows), _curves(histories)],
             style=style,
@@ -100,17 +101,20 @@ def duration(seconds: float) -> str:
 
 
 def _about(facts: EvaluationFacts) -> list[tuple[str, str]]:
-    told = (("budget of each arm", facts.budget), ("machine", facts.machine), ("commit", facts.commit))
+    told = (("budget of each arm", facts.budget), ("machine", facts.machine))
     return [(name, value) for name, value in told if value]
 
 
 def _figures(rows: Sequence[ResultRow], facts: EvaluationFacts) -> list[Figure]:
     figures = []
-    if facts.folds is not None:
-        seeds = f"{facts.seeds} seeds each" if facts.seeds is not None else "each user is tested once"
-        figures.append(Figure("Folds", f"{facts.folds:,}", seeds))
+    by_split: dict[str, int] = {}
+    for row in rows:
+        by_split[row.split] = max(by_split.get(row.split, 0), row.folds or 0)
+    if any(by_split.values()):
+        told = ", ".join(f"{split} {folds}" for split, folds in by_split.items())
+        figures.append(Figure("Folds", f"{sum(by_split.values()):,}", f"by split: {told}; {_seeds(rows)}"))
     if facts.trainings is not None:
-        figures.append(Figure("Models trained", f"{facts.trainings:,}", "over all arms, folds and seeds"))
+        figures.append(Figure("Models trained", f"{facts.trainings:,}", "all arms, folds and seeds of the last call"))
     examples = max((row.examples or 0 for row in rows if row.suite == "ctr"), default=0)
     if examples:
         clusters = max(row.clusters or 0 for row in rows if row.suite == "ctr")
@@ -118,6 +122,13 @@ def _figures(rows: Sequence[ResultRow], facts: EvaluationFacts) -> list[Figure]:
     if facts.seconds is not None:
         figures.append(Figure("Time", duration(facts.seconds), facts.machine))
     return figures
+
+
+def _seeds(rows: Sequence[ResultRow]) -> str:
+    """Of clicks: retrieval is told of one seed, whatever they have."""
+    seeds = sorted({row.seeds for row in rows if row.seeds and row.metric == "auc"}) or [1]
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{span} seed{'s' * (seeds[-1] > 1)} each"
 
 
 def _parts(rows: Sequence[ResultRow]) -> list[Part]:

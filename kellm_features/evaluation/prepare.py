@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,16 @@ import pyarrow.parquet as pq
 
 from kellm_features.errors import ConfigError, DataError, first_line
 from kellm_features.evaluation.protocol import Fold, cold_fold, kar_fold, time_fold, user_folds
-from kellm_features.evaluation.texts import TITLE, TextEncoder, inputs_of, item_texts, profiles, read_descriptions
+from kellm_features.evaluation.texts import (
+    DIGEST,
+    PAGE,
+    TITLE,
+    TextEncoder,
+    inputs_of,
+    item_texts,
+    profiles,
+    read_descriptions,
+)
 from kellm_features.evaluation.world import FoldFiles, World, content_hash, prepare_fold, save_vectors
 from kellm_features.pipeline import Listener, run_stages
 from kellm_features.progress import track
@@ -119,7 +129,8 @@ def prepare(
     users = read_table(paths["users"], USERS)["user_id"].to_pylist()
     closed_book = None if descriptions is None else read_descriptions(descriptions, items)
     encoder = TextEncoder(settings.encode, out / "encodings")
-    texts = item_texts(inputs_of(settings, run_dir, paths["interactions"]), closed_book)
+    inputs = inputs_of(settings, run_dir, paths["interactions"])
+    texts = item_texts(inputs, closed_book)
     item_vectors = {name: save_vectors(out / "vectors", vectors) for name, vectors in encoder.encode(texts).items()}
     folds = {}
     wanted = _folds(settings, suite, interactions)
@@ -140,16 +151,30 @@ def prepare(
                 user_vectors=save_vectors(out / "vectors", vectors),
             )
             advance(1, fold.name)
-    bare = texts[TITLE]
-    coverage = {
-        name: sum(text != title for text, title in zip(rows, bare, strict=True)) / len(bare)
-        for name, rows in texts.items()
-        if name != TITLE
-    }
+    coverage = coverage_of(texts, [bool(inputs.pages.get(item_id)) for item_id in items])
     for name, share in coverage.items():
         if share < LEAST_COVERAGE:
             logger.warning("only %.0f %% of the items have a text of the variant %r", 100 * share, name)
     return World(out, run_dir, settings, item_vectors, folds, coverage)
+
+
+def coverage_of(texts: Mapping[str, Sequence[str]], has_page: Sequence[bool]) -> dict[str, float]:
+    """Variant -> share of the items that have more of it than title and genres.
+
+    Digest and page are there where a page is: without one, a digest is a sentence that the template says of any item.
+
+    Args:
+        texts: variant -> the text of each item, titles among them.
+        has_page: of each item.
+    """
+    there = {
+        name: has_page
+        if name in (DIGEST, PAGE)
+        else [text != title for text, title in zip(rows, texts[TITLE], strict=True)]
+        for name, rows in texts.items()
+        if name != TITLE
+    }
+    return {name: sum(flags) / len(flags) for name, flags in there.items()}
 
 
 def _folds(settings: Settings, suite: str, interactions: Any) -> list[Fold]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from kellm_features.errors import DataError
@@ -28,7 +26,7 @@ SUITES: tuple[Suite, ...] = get_args(Suite)
 ALL, WARM, COLD = "all", "warm", "cold"
 """Slices that tables ask for by name; others are shown under the name they have."""
 
-LOWER_IS_BETTER = frozenset({"log_loss", "ece", "brier"})
+LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
 """Metrics of which less is better; of all others more is."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -65,6 +63,9 @@ class ResultRow(BaseModel):
     cluster: Annotated[Literal["user", "item", ""], Field(description="what it draws")] = ""
     folds: Annotated[int | None, Field(ge=0, description="trainings' folds that value is over")] = None
     seeds: Annotated[int | None, Field(ge=0, description="initialisations per fold")] = None
+    capped: Annotated[
+        int | None, Field(ge=0, description="of its trainings, those whose best epoch was the last of the budget")
+    ] = None
 
     @field_validator("split", "backbone", "arm", "label", "metric", "slice", "reference")
     @classmethod
@@ -92,6 +93,7 @@ class ResultRow(BaseModel):
 
 COLUMNS: tuple[str, ...] = tuple(ResultRow.model_fields)
 """Columns of `results.csv`, in order; `ResultRow` documents each."""
+_NUMBERS = frozenset(name for name, field in ResultRow.model_fields.items() if field.default is None)
 
 
 def ordered(rows: Iterable[ResultRow]) -> list[ResultRow]:
@@ -158,12 +160,6 @@ def read_results(path: Path) -> list[ResultRow]:
         raise DataError(f"{path} is not readable as results ({error}): run  kellm evaluate --out FOLDER") from error
 
 
-def to_arrow(rows: Sequence[ResultRow]) -> pa.Table:
-    """The same as an Arrow table: strings, float64 and int64, null where there is no number."""
-    columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-    return pa.Table.from_pydict(columns, schema=RESULTS)
-
-
 def _row(path: Path, line: int, cells: dict[str, str | None]) -> ResultRow:
     values = {name: cells[name] for name in COLUMNS}
     if None in values.values():  # what csv gives where a line ends early
@@ -178,19 +174,3 @@ def _row(path: Path, line: int, cells: dict[str, str | None]) -> ResultRow:
         raise DataError(
             f"{path}, line {line}: {column}: {first['msg']}{seen}; write the file by write_results, or mend the line"
         ) from error
-
-
-def _arrow_type(annotation: object) -> pa.DataType:
-    """Of a field: the type that its annotation admits beside None."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(_arrow_type(kind) for kind in get_args(annotation) if kind is not type(None))
-    if annotation is float:
-        return pa.float64()
-    return pa.int64() if annotation is int else pa.string()
-
-
-RESULTS = pa.schema([pa.field(name, _arrow_type(field.annotation)) for name, field in ResultRow.model_fields.items()])
-"""Arrow schema of `to_arrow`."""
-_NUMBERS = frozenset(name for name, field in zip(COLUMNS, RESULTS, strict=True) if field.type != pa.string())

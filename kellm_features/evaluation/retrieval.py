@@ -80,7 +80,7 @@ def score_retrieval(world: World) -> list[ResultRow]:
     `hubs` in a label is the log of the in-degree, `facts` are year and genres as numbers.
 
     A weight of popularity is chosen on validation-cold items, for each truth by itself. Everything that is trained sees
-    the encodings and the SWING rows of warm items alone.
+    the encodings of warm items, and their SWING rows by train users' likes, alone.
     """
     folds = [files for files in world.folds.values() if files.family == COLD]
     tasks = [task_of(world, files) for files in folds]
@@ -119,18 +119,25 @@ def score_retrieval(world: World) -> list[ResultRow]:
                 add(f"{key} cosine", f"{label}, cosine", _judged(task, _cosine(z)))
                 add(key, f"{label}, ridge", _ridge(task, z))
                 advance(1, label)
-    references = {key: POPULARITY for key in scored if key != POPULARITY}
+    references = {key: (POPULARITY,) for key in scored if key != POPULARITY}
     return _rows(world, tasks, list(scored.values()), "retrieval", "", references)
 
 
-def score_forms(world: World, backbone: str, outcomes: Mapping[str, tuple[str, Sequence[Outcome]]]) -> list[ResultRow]:
+def score_forms(
+    world: World,
+    backbone: str,
+    outcomes: Mapping[str, tuple[str, Sequence[Outcome]]],
+    references: Mapping[str, Sequence[str]],
+) -> list[ResultRow]:
     """Rows of the suite `contrastive`: what the item embeddings of each form retrieve, against the form without.
+
+    Hubs, whose weight each form may choose, are told by SWING among train users' likes of warm items.
 
     Args:
         world: the evaluation.
         backbone: that was trained with them.
-        outcomes: key of a form -> its label, and its trainings on all cold folds from the first seed; the first form
-            is the reference of the others.
+        outcomes: key of a form -> its label, and its trainings on all cold folds from the first seed.
+        references: as in `score_study`: what the form's clicks are set against.
     """
     folds = {files.name: files for files in world.folds.values() if files.family == COLD}
     tasks = {name: task_of(world, files) for name, files in folds.items()}
@@ -141,15 +148,14 @@ def score_forms(world: World, backbone: str, outcomes: Mapping[str, tuple[str, S
             task = tasks[outcome.cell.fold]
             found.append(_with_hubs(task, _cosine(outcome.item_embeddings())))
         scored.append(Scored(key, label, found))
-    first = scored[0].key
     used = [tasks[outcome.cell.fold] for outcome in next(iter(outcomes.values()))[1]]
-    return _rows(world, used, scored, "contrastive", backbone, {one.key: first for one in scored[1:]})
+    return _rows(world, used, scored, "contrastive", backbone, references)
 
 
 def task_of(world: World, files: FoldFiles) -> ColdRetrieval:
-    """The retrieval task of a cold fold: its cold items, and the likes of all users.
+    """The retrieval task of a cold fold: its cold items, and who trains.
 
-    The truth is of all likes; what trains sees those of warm items.
+    The truth is of all users' likes; what trains sees those that the fold's train rows hold.
     """
     run = world.run_dir / "ingest"
     ids = read_table(world.items(), ITEMS)["item_id"].to_numpy()
@@ -157,8 +163,10 @@ def task_of(world: World, files: FoldFiles) -> ColdRetrieval:
     likes = table[table["liked"]]
     told = json.loads((files.folder / "fold.json").read_text(encoding="utf-8"))
     valid, test = (np.flatnonzero(np.isin(ids, np.asarray(told[name]))) for name in ("cold_valid", "cold_test"))
-    user = np.unique(likes["user_id"], return_inverse=True)[1]
-    return cold_retrieval(user, np.searchsorted(ids, likes["item_id"].to_numpy()), ColdSplit(valid, test, len(ids)))
+    parts = read_table(files.folder / "interactions.parquet", INTERACTIONS).select(["user_id", "split"]).to_pandas()
+    trains = likes["user_id"].isin(parts.loc[parts["split"].eq("train"), "user_id"])
+    user, item = np.unique(likes["user_id"], return_inverse=True)[1], np.searchsorted(ids, likes["item_id"].to_numpy())
+    return cold_retrieval(user, item, trains, ColdSplit(valid, test, len(ids)))
 
 
 def _encodings(world: World, text: str) -> Vectors:
@@ -208,7 +216,7 @@ def _tuned(task: ColdRetrieval, scorer: Scorer, degree: Scores, weights: Sequenc
     scores = scorer(task.split.test)
     found = {}
     for truth in TRUTHS:
-        weight = tune(task, scorer, degree, truths=(truth,), weights=weights).weight
+        weight = tune(task, scorer, degree, truths=(truth,), weights=weights)
         found[truth] = judge(task, task.split.test, with_degree(scores, degree, weight))
     return Retrieved(
         recall={truth: judged.recall[truth] for truth, judged in found.items()},
@@ -231,7 +239,7 @@ def _rows(
     scored: Sequence[Scored],
     suite: Suite,
     backbone: str,
-    references: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
 ) -> list[ResultRow]:
     items = np.concatenate([task.split.test for task in tasks])
     group = np.repeat(np.arange(len(tasks)), [len(task.split.test) for task in tasks])
@@ -241,10 +249,12 @@ def _rows(
         estimates: dict[str, Estimate] = {}
         for one in scored:
             values = np.concatenate([getattr(judged, kind)[truth] for judged in one.found])
-            judged_items = ~np.isnan(values)
-            estimates[one.key] = draws.mean(np.nan_to_num(values), judged_items)
+            has_neighbors = ~np.isnan(values)
+            estimates[one.key] = draws.mean(np.nan_to_num(values), has_neighbors)
+        judged = items[has_neighbors]  # an item has neighbours or not, whoever names them
         for one in scored:
-            rows.append(_row(estimates, one, metric, references.get(one.key, ""), suite, backbone, len(tasks), items))
+            for reference in references.get(one.key) or [""]:
+                rows.append(_row(estimates, one, metric, reference, suite, backbone, len(tasks), judged))
     return rows
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kellm_features.errors import ArtifactError
-from kellm_features.evaluation.arms import Arm
+from kellm_features.evaluation.arms import REFERENCE, Arm
 from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, holm, paired
 from kellm_features.evaluation.experiment import Outcome
 from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, Suite
+from kellm_features.evaluation.retrieval import POPULARITY
 from kellm_features.evaluation.slices import slices
 from kellm_features.evaluation.world import World, load_fold
 
@@ -22,6 +23,8 @@ IntArray = npt.NDArray[np.int64]
 
 LEAST_EXAMPLES = 200
 """A slice with fewer test examples gets no row: its intervals would span everything."""
+GROUNDS = (REFERENCE, POPULARITY, "none")
+"""What whole ladders stand on: of clicks, of retrieval, and of the contrastive forms."""
 CALIBRATED_SLICES = (ALL, WARM, COLD)
 """Slices of which LogLoss, GAUC and ECE are told; AUC is told of all."""
 
@@ -73,6 +76,11 @@ def score_study(
     samples, seed = world.settings.evaluate.samples, world.settings.run.seed
     by_user = ClusterBootstrap(targets.user, samples, seed, targets.group)
     by_item = ClusterBootstrap(targets.item, samples, seed, targets.group)
+    epochs = world.settings.evaluate.epochs
+    capped = {
+        arm.key: None if arm.baseline else sum(outcome.facts["epoch"] == epochs for outcome in trainings)
+        for arm, trainings in outcomes.items()
+    }
     rows: list[ResultRow] = []
     for name, mask in targets.masks.items():
         if mask.sum() < LEAST_EXAMPLES * targets.seeds or targets.label[mask].all() or not targets.label[mask].any():
@@ -98,21 +106,27 @@ def score_study(
                             slice=name,
                             examples=int(mask.sum()) // targets.seeds,
                             clusters=clusters,
-                            cluster="user" if metric == "gauc" else cluster,
+                            cluster=cluster,
                             folds=targets.folds,
                             seeds=targets.seeds,
+                            capped=capped[arm.key],
                         )
                     )
     return rows
 
 
 def with_holm(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Rows with p adjusted over the claims of a family: those of one suite, backbone, metric, slice and reference."""
+    """Rows with p adjusted over the claims of a family.
+
+    Of one suite, split, backbone, metric and slice, the claims against each of `GROUNDS` are a family, and all other
+    claims together are one: what the steps add, each to the one before it or to its null.
+    """
     found = list(rows)
     families: dict[tuple[str, ...], list[int]] = {}
     for place, row in enumerate(found):
         if row.p is not None:
-            family = (row.suite, row.split, row.backbone, row.metric, row.slice, row.reference)
+            ground = row.reference if row.reference in GROUNDS else ""
+            family = (row.suite, row.split, row.backbone, row.metric, row.slice, ground)
             families.setdefault(family, []).append(place)
     for places in families.values():
         adjusted = holm([found[place].p or 0.0 for place in places])

@@ -131,7 +131,7 @@ def run_suite(world: World, wanted: Sequence[Study]) -> Iterator[Progress]:
             rows += score_study(world, study.suite, study.split, backbone, of_arms, study.references)
             if study.suite == "contrastive":
                 embedded = {arm.key: (arm.label, of_first_seed(found)) for arm, found in of_arms.items()}
-                rows += score_forms(world, backbone, embedded)
+                rows += score_forms(world, backbone, embedded, study.references)
         yield Progress(with_holm(rows), list(outcomes.values()))
     if any(study.suite == "cold" for study in wanted):
         rows += score_retrieval(world)

@@ -88,6 +88,19 @@ def verdict(row: ResultRow | None) -> str:
     return HELPS if more != (row.metric in LOWER_IS_BETTER) else HURTS
 
 
+def capped(rows: Iterable[ResultRow]) -> str:
+    """A warning, where the best epoch of a training was the last that it may have; else nothing."""
+    arms = {(row.suite, row.split, row.backbone, row.arm): row for row in rows if row.capped is not None}
+    cut = sum(row.capped or 0 for row in arms.values())
+    if not cut:
+        return ""
+    trainings = sum((row.folds or 0) * (row.seeds or 0) for row in arms.values())
+    return (
+        f"{cut} of {trainings} trainings were at their best in the last epoch of their budget, and might have come "
+        "further: raise evaluate.epochs to tell (column capped of results.csv)."
+    )
+
+
 def ladder(rows: Iterable[ResultRow], *, suite: Suite = "ctr", split: str = "B", reference: str = REFERENCE) -> Grid:
     """Arms per backbone, from the simplest up: four metrics, the gain over `reference`, and AUC on cold items.
 
@@ -134,8 +147,8 @@ def ladder(rows: Iterable[ResultRow], *, suite: Suite = "ctr", split: str = "B",
             )
     source = "items held out of training" if cold[0] == "cold" else "the slice without train interactions"
     note = (
-        f"ΔAUC is against {against}; p is Holm's over the claims of this ladder. Cold AUC: {source}. "
-        f"{_clusters(results.where(suite=suite, split=split))}"
+        f"ΔAUC is against {against}; p is Holm's, over the arms of a backbone. Cold AUC: {source}. "
+        f"{_rests_on(results.where(suite=suite, split=split))}"
     )
     key = "ladder" if (suite, split) == ("ctr", "B") else f"ladder_{suite}_{split}".lower()
     return Grid(key, f"Ladder, {SPLITS.get(split, f'split {split}')}", columns, tuple(lines), note)
@@ -178,7 +191,8 @@ def slices(rows: Iterable[ResultRow], *, suite: Suite = "ctr", split: str = "B",
         f"Slices, {SPLITS.get(split, f'split {split}')}",
         columns,
         tuple(lines),
-        f"ΔAUC is against {against}. {_clusters(results.where(**scope))}",
+        f"ΔAUC is against {against}; p is Holm's, over the arms of a backbone on a slice. "
+        f"{_rests_on(results.where(**scope))}",
     )
 
 
@@ -209,7 +223,7 @@ def text_variants(rows: Iterable[ResultRow], *, arms: Sequence[str] | None = Non
         "AUC: clicks on cold items, of a model with this text. Recall and NDCG: the adapted text by ridge transfer, "
         "where each truth has the weight of popularity that validation items prefer. Normalised: true neighbours by "
         "score over (10 + likes of the neighbour), so that hubs have no advantage. SWING by the preset yang. "
-        f"{_clusters(results.where(suite='retrieval'))}"
+        f"{_rests_on(results.where(suite='retrieval'))}"
     )
     return Grid("text_variants", "Text variants on cold items", columns, tuple(lines), note)
 
@@ -226,11 +240,8 @@ def contrastive_forms(rows: Iterable[ResultRow]) -> Grid:
     pairs = dict.fromkeys(
         (row.backbone, row.arm, row.reference) for row in results.where(suite="contrastive") if row.delta is not None
     )
-    clicked = {(arm, reference) for backbone, arm, reference in pairs if backbone}
     lines: list[tuple[Cell, ...]] = []
     for backbone, arm, reference in pairs:
-        if not backbone and (arm, reference) in clicked:
-            continue  # retrieval of a form stands beside its clicks
         names = (results.label(key, "contrastive") for key in (arm, reference))
         cells: list[Cell] = [backbone or NOTHING, *names]
         for _, _, _, metric, wanted in questions:
@@ -247,8 +258,8 @@ def contrastive_forms(rows: Iterable[ResultRow]) -> Grid:
         columns += [Column(f"delta_{key}", delta, "delta", "none"), Column(f"verdict_{key}", head, "verdict")]
     note = (
         "A form helps or hurts where the 95 % interval of its paired difference leaves 0 out and Holm's p, over the "
-        f"forms, is below {LEVEL}; else {UNDECIDED}, which is not the same as none. "
-        f"{_clusters(results.where(suite='contrastive'))}"
+        f"forms against the same, is below {LEVEL}; else {UNDECIDED}, which is not the same as none. "
+        f"{_rests_on(results.where(suite='contrastive'))}"
     )
     return Grid("contrastive_forms", "Forms of the contrastive term", tuple(columns), tuple(lines), note)
 
@@ -257,6 +268,7 @@ def claims(rows: Iterable[ResultRow], *, reference: str = REFERENCE) -> Grid:
     """Differences to other arms than `reference`: what a step adds to the one before it, and to its null."""
     results = Results(rows)
     lines: list[tuple[Cell, ...]] = []
+    shown: list[ResultRow] = []
     for suite in ("ctr", "cold", "time"):
         for row in results.where(suite=suite, metric="auc"):
             if row.reference in ("", reference) or row.delta is None or row.slice not in (ALL, COLD):
@@ -265,6 +277,7 @@ def claims(rows: Iterable[ResultRow], *, reference: str = REFERENCE) -> Grid:
                 continue
             names = (results.label(key, suite) for key in (row.arm, row.reference))
             lines.append((suite, row.backbone or NOTHING, row.slice, *names, delta_of(row), p_of(row), verdict(row)))
+            shown.append(row)
     columns = (
         Column("suite", "suite", folds=True),
         Column("backbone", "backbone", folds=True),
@@ -275,7 +288,7 @@ def claims(rows: Iterable[ResultRow], *, reference: str = REFERENCE) -> Grid:
         Column("p_holm", "p", "p"),
         Column("verdict", "verdict", "verdict"),
     )
-    note = f"p is Holm's, over the claims against the same arm. {_clusters(results.where(suite='ctr'))}"
+    note = f"p is Holm's, over the claims of one suite, backbone and slice. {_rests_on(shown)}"
     return Grid("claims", "What each step adds", columns, tuple(lines), note)
 
 
@@ -358,16 +371,14 @@ def write_tables(rows: Iterable[ResultRow], folder: Path, *, reference: str = RE
 def _pick(
     results: Results, suite: Suite, backbone: str, arm: str, metric: str, slices_: Sequence[str], reference: str = ""
 ) -> ResultRow | None:
-    """A row whatever its split: of this backbone or of none, against `reference` and held-out items before others."""
-    rows = [
-        row
-        for row in results.where(suite=suite, arm=arm, metric=metric)
-        if row.backbone in (backbone, "") and row.slice in slices_
-    ]
-    rows.sort(key=lambda row: (row.reference != reference, row.backbone != backbone, row.split != "cold"))
+    """A row whatever its split: against `reference` and held-out items before others."""
+    scope = {"suite": suite, "backbone": backbone, "arm": arm, "metric": metric}
+    rows = [row for row in results.where(**scope) if row.slice in slices_]
+    rows.sort(key=lambda row: (row.reference != reference, row.split != "cold"))
     return rows[0] if rows else None
 
 
-def _clusters(rows: Sequence[ResultRow]) -> str:
+def _rests_on(rows: Sequence[ResultRow]) -> str:
+    """Where the intervals come from, and whether trainings were cut short: the end of a note."""
     kinds = list(dict.fromkeys(f"{row.cluster}s" for row in rows if row.cluster))
-    return _INTERVALS.format(clusters=" or ".join(kinds) or "clusters")
+    return " ".join(filter(None, (_INTERVALS.format(clusters=" or ".join(kinds) or "clusters"), capped(rows))))

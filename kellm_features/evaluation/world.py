@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,14 +85,19 @@ def prepare_fold(
 ) -> Path:
     """Write a fold's interactions and SWING pairs, once; a folder of the same split is left as it is.
 
-    Pairs of both sides come from likes in train rows alone, by the preset of [swing].
+    Pairs of both sides come from likes in train rows alone, by the preset of [swing] and by KELLMRec's.
 
     Returns:
         The fold's folder; `fold.json` is written last.
     """
     folder = root / "folds" / fold.name
     told = folder / "fold.json"
-    facts = {"split_hash": fold.split_hash, "content_hash": content, "swing": settings.hash_of(("swing",))}
+    facts = {
+        "split_hash": fold.split_hash,
+        "content_hash": content,
+        "swing": settings.hash_of(("swing",)),
+        "pairs": ["swing", "kellmrec"],
+    }
     if told.exists() and json.loads(told.read_text(encoding="utf-8")).items() >= facts.items():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,15 +107,23 @@ def prepare_fold(
     likes = table[table["split"].eq("train") & table["liked"]]
     user = np.searchsorted(np.asarray(users), likes["user_id"].to_numpy())
     item = np.searchsorted(np.asarray(items), likes["item_id"].to_numpy())
-    for side, anchors, witnesses, count in (("item", item, user, len(items)), ("user", user, item, len(users))):
-        found = swing_lists(witnesses, anchors, count, preset=settings.swing.preset, top_k=settings.swing.top_k)
-        anchor, neighbor, score = found
-        temporary = folder / f".{side}_pairs.npz"
+    sides = {"item": (user, item, len(items)), "user": (item, user, len(users))}
+    for (kind, preset), (side, (witnesses, anchors, count)) in itertools.product(
+        {"swing": settings.swing.preset, "kellmrec": "kellmrec"}.items(), sides.items()
+    ):
+        anchor, neighbor, score = swing_lists(witnesses, anchors, count, preset=preset, top_k=settings.swing.top_k)
+        path = pairs_file(folder, side, kind)
+        temporary = path.with_name(f".{path.name}")
         np.savez(temporary, split_hash=np.array(fold.split_hash), anchor=anchor, neighbor=neighbor, score=score)
-        temporary.replace(folder / f"{side}_pairs.npz")
+        temporary.replace(path)
     cold = {"cold_valid": sorted(fold.cold_valid), "cold_test": sorted(fold.cold_test)}
     write_atomic(told, json.dumps(facts | cold) + "\n")
     return folder
+
+
+def pairs_file(folder: Path, side: str, kind: Literal["swing", "kellmrec"]) -> Path:
+    """Where a fold keeps the pairs of a side by one of two presets, that of [swing] or KELLMRec's."""
+    return folder / f"{side}_pairs_{kind}.npz"
 
 
 def save_vectors(folder: Path, vectors: FloatArray) -> str:
@@ -190,7 +204,7 @@ def load_samplers(
     """
     samplers = {}
     for side, count in (("item", len(data.item_ids)), ("user", len(data.user_ids))):
-        path = files.folder / f"{side}_pairs.npz"
+        path = pairs_file(files.folder, side, "kellmrec" if arm.pairs == "kellmrec" else "swing")
         with np.load(path) as file:
             found = {name: file[name] for name in file.files}
         if str(found["split_hash"]) != files.split_hash:

@@ -1,4 +1,4 @@
-"""AUC, GAUC, LogLoss, Brier score and calibration error of click predictions."""
+"""AUC, GAUC, LogLoss and calibration error of click predictions."""
 
 from __future__ import annotations
 
@@ -19,29 +19,9 @@ def auc(labels: BoolArray, scores: FloatArray) -> float:
         labels: (N,) bool.
         scores: (N,) floating, any monotone scale.
     """
-    return weighted_auc(labels, scores, np.ones(len(labels)))
-
-
-def weighted_auc(labels: BoolArray, scores: FloatArray, weights: FloatArray) -> float:
-    """AUC where an example counts `weights` times: pairs weigh the product of their two weights.
-
-    Args:
-        labels: (N,) bool.
-        scores: (N,) floating, any monotone scale.
-        weights: (N,) 0 or more.
-
-    Returns:
-        NaN where a class has no weight.
-    """
-    weights = np.asarray(weights, dtype=np.float64)
     below, up_to = negatives_below(labels, scores)
-    behind = weights[~labels][np.argsort(scores[~labels], kind="stable")]
-    summed = np.concatenate([[0.0], np.cumsum(behind)])
-    positive = weights[labels]
-    pairs = float(positive.sum() * summed[-1])
-    if not pairs:
-        return float("nan")
-    return float(positive @ (summed[below] + summed[up_to])) / (2 * pairs)
+    pairs = len(below) * (len(labels) - len(below))
+    return int((below + up_to).sum()) / (2 * pairs) if pairs else float("nan")
 
 
 def negatives_below(labels: BoolArray, scores: FloatArray) -> tuple[IntArray, IntArray]:
@@ -97,7 +77,8 @@ def auc_by_group(labels: BoolArray, scores: FloatArray, groups: IntArray) -> tup
 
 def log_loss(labels: BoolArray, probabilities: FloatArray) -> float:
     """Mean binary cross-entropy in nats; NaN without examples."""
-    return _mean(cross_entropy(labels, probabilities))
+    losses = cross_entropy(labels, probabilities)
+    return float(losses.mean()) if len(losses) else float("nan")
 
 
 def cross_entropy(labels: BoolArray, probabilities: FloatArray) -> FloatArray:
@@ -105,11 +86,6 @@ def cross_entropy(labels: BoolArray, probabilities: FloatArray) -> FloatArray:
     p = np.clip(probabilities.astype(np.float64), _CLIP, 1 - _CLIP)
     losses: FloatArray = -np.where(labels, np.log(p), np.log1p(-p))
     return losses
-
-
-def brier(labels: BoolArray, probabilities: FloatArray) -> float:
-    """Mean squared distance of probability and label, 0 to 1; NaN without examples."""
-    return _mean((probabilities.astype(np.float64) - labels) ** 2)
 
 
 def ece(labels: BoolArray, probabilities: FloatArray, bins: int = 15) -> float:
@@ -139,7 +115,3 @@ def equal_mass_bins(values: FloatArray, bins: int) -> IntArray:
     middle = np.cumsum(counts) - counts / 2
     found: IntArray = (middle * bins / len(values)).astype(np.int64)[inverse]
     return found
-
-
-def _mean(values: FloatArray) -> float:
-    return float(values.mean()) if len(values) else float("nan")

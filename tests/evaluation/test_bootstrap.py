@@ -77,9 +77,6 @@ def test_every_metric_is_that_of_repeated_rows(n: int, clusters: int, groups: in
     def loss(rows: np.ndarray) -> float:
         return float(-np.log(np.where(labels, scores, 1 - scores))[rows].mean())
 
-    def brier(rows: np.ndarray) -> float:
-        return float(((scores[rows] - labels[rows]) ** 2).mean())
-
     for mask, given in ((np.ones(n, dtype=bool), None), (where, where)):
         for name in range(groups):
             own = (group == name) & mask
@@ -88,7 +85,6 @@ def test_every_metric_is_that_of_repeated_rows(n: int, clusters: int, groups: in
         for found, metric in (
             (boot.auc(labels, scores, given), lambda rows: sk_auc(labels, scores, rows)),
             (boot.log_loss(labels, scores, given), loss),
-            (boot.brier(labels, scores, given), brier),
             (boot.ece(labels, scores, given, bins=4), ece),
             (boot.mean(scores, given), lambda rows: float(scores[rows].mean())),
         ):

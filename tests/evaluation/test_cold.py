@@ -17,7 +17,6 @@ from kellm_features.evaluation.cold import (
     Truth,
     cold_retrieval,
     cosine,
-    draw_cold,
     judge,
     knn_transfer,
     ridge_transfer,
@@ -36,6 +35,8 @@ from kellm_features.evaluation.cold_training import (
 )
 
 N_ITEMS, N_USERS, TASTES, K = 120, 150, 4, 5
+N_TRAIN = 130
+"""Users below train; the others' likes are held out."""
 SMALL = RetrievalTraining(hidden=32, dim=8, dropout=0.1, steps=40)
 
 
@@ -51,7 +52,13 @@ def world(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def setup() -> tuple[ColdRetrieval, np.ndarray]:
     user, item, encodings = world(0)
-    return cold_retrieval(user, item, draw_cold(N_ITEMS, 1, valid_share=0.15), k=K), encodings
+    return cold_retrieval(user, item, user < N_TRAIN, split(), k=K), encodings
+
+
+def split() -> ColdSplit:
+    """36 items are cold, half of them for validation."""
+    drawn = np.random.default_rng(1).permutation(N_ITEMS)
+    return ColdSplit(np.sort(drawn[:18]), np.sort(drawn[18:36]), N_ITEMS)
 
 
 def by_definition(user: np.ndarray, item: np.ndarray) -> np.ndarray:
@@ -110,7 +117,7 @@ def test_truth_and_train_lists_are_the_definition(setup) -> None:
     user, item, _ = world(0)
     everything, warm = by_definition(user, item), task.split.warm
     likes = np.bincount(item, minlength=N_ITEMS)
-    kept = warm[item]
+    kept = warm[item] & (user < N_TRAIN)
     np.testing.assert_allclose(task.swing, by_definition(user[kept], item[kept]), rtol=1e-5)
     for name, scores in (("raw", everything), ("normalized", everything / (likes + 10))):
         wanted = [sorted(range(N_ITEMS), key=lambda j: (-row[j], j))[:K] for row in scores.round(9)]
@@ -118,23 +125,24 @@ def test_truth_and_train_lists_are_the_definition(setup) -> None:
         assert (task.truth[name].sizes == K).all()
     named = [j for i in np.flatnonzero(warm) for j in np.argsort(-task.swing[i], kind="stable")[:K]]
     assert task.in_degree.tolist() == np.bincount(named, minlength=N_ITEMS).tolist()
-    assert task.degree.tolist() == np.where(warm, likes, 0).tolist()
+    assert task.degree.tolist() == np.bincount(item[kept], minlength=N_ITEMS).tolist()
 
 
-def test_what_trains_knows_nothing_of_cold_items(setup) -> None:
+def test_what_trains_knows_nothing_of_cold_items_and_held_out_users(setup) -> None:
     task, encodings = setup
     cold = ~task.split.warm
     assert not task.swing[cold].any()
     assert not task.swing[:, cold].any()
     assert not task.degree[cold].any()
     assert not task.in_degree[cold].any()
-    # Other likes of cold items change neither what trains nor the adapter; only the truth.
+    # Other likes of cold items, or of users who are held out, change neither what trains nor the adapter: the truth.
     user, item, _ = world(0)
-    kept = task.split.warm[item] | (np.arange(len(item)) % 3 > 0)
-    other = cold_retrieval(user[kept], item[kept], task.split, k=K)
-    assert (other.truth["raw"].neighbors != task.truth["raw"].neighbors).any()
-    for name in ("swing", "degree", "in_degree"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(task, name))
+    for seen in (task.split.warm[item], user < N_TRAIN):
+        kept = seen | (np.arange(len(item)) % 3 > 0)
+        other = cold_retrieval(user[kept], item[kept], user[kept] < N_TRAIN, task.split, k=K)
+        assert (other.truth["raw"].neighbors != task.truth["raw"].neighbors).any()
+        for name in ("swing", "degree", "in_degree"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(task, name))
     changed = encodings.copy()
     changed[cold] += 100
     a, b = (train_retrieval(task, x, SMALL, seed=3).state_dict() for x in (encodings, changed))
@@ -193,9 +201,10 @@ def test_tune_takes_the_best_weight_of_those_tried() -> None:
 
     assert [recall(w) for w in (0.0, 0.35, 1.0)] == [(0, 0.5), (0.5, 1), (1, 0.5)]
     weights = (0.0, 0.35, 1.0)
-    assert tune(task, lambda _: scores, degree, truths=["raw"], weights=weights).weight == 1
-    assert tune(task, lambda _: scores, degree, truths=["normalized"], weights=weights).weight == 0.35
-    assert tune(task, lambda _: scores, degree, weights=weights).recall == {"raw": 0.5, "normalized": 1}
+    assert tune(task, lambda _: scores, degree, truths=["raw"], weights=weights) == 1
+    assert tune(task, lambda _: scores, degree, truths=["normalized"], weights=weights) == 0.35
+    # For both, 0.35 gives 0.5 / 1 + 1 / 1, and 1.0 gives 1 / 1 + 0.5 / 1: the first of equals.
+    assert tune(task, lambda _: scores, degree, weights=weights) == 0.35
 
 
 def test_knn_transfer_by_hand() -> None:
@@ -278,20 +287,10 @@ def test_facts_tell_near_years_and_genres() -> None:
     assert not facts[3, :14].any()
 
 
-def test_the_draw_is_seeded_and_disjoint() -> None:
-    split = draw_cold(1000, 7)
-    assert (len(split.valid), len(split.test), split.warm.sum()) == (50, 150, 800)
-    assert not set(split.valid) & set(split.test)
-    np.testing.assert_array_equal(draw_cold(1000, 7).test, split.test)
-    assert set(draw_cold(1000, 8).test) != set(split.test)
-
-
 def test_refused(setup) -> None:
     task, encodings = setup
-    with pytest.raises(DataError, match="at least one item is needed"):
-        draw_cold(10, 0)
     with pytest.raises(DataError, match="in validation and in test"):
-        cold_retrieval([0], [0], ColdSplit(np.array([1]), np.array([1]), 3))
+        cold_retrieval([0], [0], [True], ColdSplit(np.array([1]), np.array([1]), 3))
     with pytest.raises(DataError, match=r"shape \(1, 3\); accepted: \(1, 120\)"):
         judge(task, np.array([0]), np.zeros((1, 3)))
     with pytest.raises(DataError, match="1 rows of scores hold NaN"):

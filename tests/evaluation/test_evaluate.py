@@ -163,7 +163,7 @@ def test_again_trains_nothing(folder: Path) -> None:
 
 
 def test_pairs_of_another_split_are_refused(folder: Path) -> None:
-    path = folder / "out" / "folds" / "B0" / "item_pairs.npz"
+    path = folder / "out" / "folds" / "B0" / "item_pairs_swing.npz"
     whole = path.read_bytes()
     with np.load(path) as file:
         np.savez(path, **{**dict(file), "split_hash": np.array("0" * 64)})

@@ -28,11 +28,8 @@ FACTS = EvaluationFacts(
     name="Trial & error",
     data="1,234 interactions",
     arms=tuple(ArmFacts(key=key, label=LABELS[key], description=f"about {key}") for key in ARMS),
-    folds=10,
-    seeds=2,
     budget="8 trials",
     version="9.9.9",
-    commit="abc1234",
     machine="2 cores",
     split_hashes={"B0": "f" * 64},
     finished=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
@@ -46,7 +43,7 @@ def row(arm: str, **changes: Any) -> ResultRow:
     told: dict[str, Any] = {
         "suite": "ctr", "split": "B", "backbone": "din", "label": LABELS.get(arm, arm), "metric": "auc",
         "value": 0.77 + delta, "low": 0.76 + delta, "high": 0.78 + delta, "cluster": "user", "folds": 10,
-        "examples": 4321, "clusters": 60,
+        "seeds": 2, "capped": 0, "examples": 4321, "clusters": 60,
     }  # fmt: skip
     if arm != "id-30":
         told |= {"reference": "id-30", "delta": delta, "delta_low": delta - 0.001, "delta_high": delta + 0.001}
@@ -57,6 +54,9 @@ def row(arm: str, **changes: Any) -> ResultRow:
 def rows() -> list[ResultRow]:
     cold: dict[str, Any] = {"split": "cold", "slice": "cold", "cluster": "item"}
     found: dict[str, Any] = cold | {
+        "folds": 2,
+        "seeds": 1,
+        "capped": None,
         "suite": "retrieval",
         "backbone": "",
         "metric": "recall@20",
@@ -64,7 +64,7 @@ def rows() -> list[ResultRow]:
     }
     return [
         *(row(arm, slice=slice_) for slice_ in ("all", "cold", "items 1-9") for arm in ARMS),
-        row("page", suite="cold", **cold),
+        row("page", suite="cold", **cold | {"folds": 2, "seeds": 1}),
         row("popularity", **found | {"reference": "", "value": 0.338, "low": 0.33, "high": 0.35, "delta": None}
             | {"delta_low": None, "delta_high": None}),
         row("page", **found | {"value": 0.455, "low": 0.44, "high": 0.47}),
@@ -128,13 +128,23 @@ def page(tmp_path: Path, rows: list[ResultRow]) -> Page:
 def test_head_tells_what_was_run(page: Page) -> None:
     head = page.text()
     assert "kellm-features 9.9.9 · evaluation Trial & error 1,234 interactions. Finished 2026-01-02 03:04 UTC." in head
-    assert "Folds 10 2 seeds each Models trained 660" in head
+    assert "Folds 12 by split: B 10, cold 2; 1 to 2 seeds each Models trained 660" in head
     assert "Test examples 4,321 of 60 users Time 3 h 26 min 2 cores" in head
     about = page.text("about")
-    assert "budget of each arm 8 trials machine 2 cores commit abc1234" in about
+    assert "budget of each arm 8 trials machine 2 cores" in about
     assert "ID, 30 events id-30 about id-30" in about
     assert f"B0 {'f' * 64}" in about
     assert "not complete" not in about
+    assert "last epoch" not in about
+
+
+def test_trainings_that_may_have_stopped_too_early_are_told(tmp_path: Path, rows: list[ResultRow]) -> None:
+    cut = [one.model_copy(update={"capped": 3}) if (one.suite, one.arm) == ("ctr", "page") else one for one in rows]
+    page = Page(write_page(cut, tmp_path / "evaluation.html", FACTS))
+    # Four arms of 10 folds and 2 seeds on split B, one of 2 on cold items, and a form.
+    assert "3 of 102 trainings were at their best in the last epoch of their budget" in page.text("about")
+    assert "3 of 80 trainings" in page.text("ladder")
+    assert "trainings were at" not in page.text("contrastive")
 
 
 def test_sections_hold_the_figures_of_the_rows(page: Page) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,9 @@ import pytest
 from kellm_features.data.history import assign_roles
 from kellm_features.errors import ConfigError, DataError, SchemaError
 from kellm_features.evaluation.protocol import Fold, cold_fold, kar_fold, time_fold, user_folds
+from kellm_features.evaluation.world import prepare_fold
 from kellm_features.schemas import INTERACTIONS
+from kellm_features.settings import Settings
 
 DAY = 86_400
 FOLDS: dict[str, Callable[[pa.Table], Fold]] = {
@@ -69,15 +71,19 @@ def with_other_labels(table: pa.Table, fold: Fold, parts: tuple[str, ...]) -> pa
     return pa.Table.from_pandas(data, schema=table.schema, preserve_index=False)
 
 
-def swing(fold: Fold, parts: tuple[str, ...] = ("train",)) -> dict[tuple[int, int], float]:
-    """SWING of items over the likes of some parts, by the formula: Σ_{u<v} 1 / (1 + |I_u ∩ I_v|)."""
-    data = frame(fold)
-    likes = data[data["split"].isin(parts) & data["liked"]].groupby("user_id")["item_id"].agg(set)
-    scores: dict[tuple[int, int], float] = defaultdict(float)
-    for u, v in combinations(likes, 2):
-        for pair in combinations(sorted(u & v), 2):
-            scores[pair] += 1 / (1 + len(u & v))
-    return dict(scores)
+def pairs(root: Path, fold: Fold, table: pa.Table) -> dict[str, dict[str, list[float]]]:
+    """All arrays of pairs that an evaluation keeps of a fold, by file; `table` tells the catalogue and the users."""
+    known = [sorted(set(table.column(name).to_pylist())) for name in ("item_id", "user_id")]
+    folder = prepare_fold(root, fold, Settings(), *known, "content")
+    found = {}
+    for path in sorted(folder.glob("*_pairs*.npz")):
+        with np.load(path) as file:
+            found[path.name] = {name: file[name].tolist() for name in ("anchor", "neighbor", "score")}
+    return found
+
+
+def with_rows(fold: Fold, rows: pa.Table) -> Fold:
+    return Fold(fold.name, rows, fold.split, fold.select_on, fold.cold_valid, fold.cold_test)
 
 
 def test_three_users_go_round() -> None:
@@ -195,18 +201,25 @@ def test_held_out_labels_change_nothing_but_themselves(kind: str, parts: tuple[s
 
 
 @pytest.mark.parametrize("kind", FOLDS)
-def test_positives_come_from_train_likes_alone(kind: str) -> None:
+def test_positives_come_from_train_likes_alone(kind: str, tmp_path: Path) -> None:
     table = world()
     fold = FOLDS[kind](table)
-    pairs = swing(fold)
-    assert pairs
+    found = pairs(tmp_path / "own", fold, table)
+    assert {name.partition("_")[0] for name in found} == {"item", "user"}
+    assert all(arrays["anchor"] for arrays in found.values())
     other = FOLDS[kind](with_other_labels(table, fold, ("valid", "test")))
-    assert swing(other) == pairs
-    without_test = fold.interactions.filter(pa.array(frame(fold)["split"] != "test"))
-    assert swing(Fold("", without_test, fold.split, "valid", frozenset(), frozenset())) == pairs
-    # Pairs of all parts would have told: the comparison above can fail.
-    everything = ("train", "valid", "test")
-    assert swing(fold, everything) != swing(other, everything)
+    assert other.split_hash == fold.split_hash
+    assert pairs(tmp_path / "turned", other, table) == found
+    untested = with_rows(fold, fold.interactions.filter(pa.array(frame(fold)["split"] != "test")))
+    assert pairs(tmp_path / "untested", untested, table) == found
+    # Were all rows train rows, the pairs would tell the turned labels: the comparisons above can fail.
+    place = fold.interactions.schema.get_field_index("split")
+    everything = [
+        with_rows(one, one.interactions.set_column(place, "split", pa.repeat("train", one.interactions.num_rows)))
+        for one in (fold, other)
+    ]
+    first, second = (pairs(tmp_path / f"all {number}", one, table) for number, one in enumerate(everything))
+    assert all(first[name] != second[name] for name in found)
 
 
 @pytest.mark.parametrize("ties", ["strict", "shuffle"])

@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kellm_features.errors import DataError
-from kellm_features.evaluation.results import COLUMNS, ResultRow, ordered, read_results, to_arrow, write_results
+from kellm_features.evaluation.results import COLUMNS, ResultRow, ordered, read_results, write_results
 
 HOSTILE = 'a, "b"<script>|[red]\u2028;=1+1'
 
@@ -26,7 +25,7 @@ def row(**changes: Any) -> ResultRow:
 def test_columns_are_a_contract() -> None:
     assert ",".join(COLUMNS) == (
         "suite,split,backbone,arm,label,metric,slice,value,low,high,reference,delta,delta_low,delta_high,p,p_holm,"
-        "examples,clusters,cluster,folds,seeds"
+        "examples,clusters,cluster,folds,seeds,capped"
     )
     assert all(field.description for field in ResultRow.model_fields.values())
 
@@ -120,7 +119,7 @@ def test_impossible_rows_are_refused(changes: dict[str, Any], why: str) -> None:
     [
         ("0.25", "a quarter", r"results.csv, line 3: value: .*valid number.*\(seen: 'a quarter'\); write the file by"),
         ("p_holm", "holm", r"lacks the column p_holm: "),
-        ("all,0.25,,,,,,,,,,,,,", "all", r"line 3: ends before its 21 cells"),
+        ("all,0.25,,,,,,,,,,,,,", "all", r"line 3: ends before its 22 cells"),
         ("all,0.25", '"all', r"not readable as results \(unexpected end of data\)"),
     ],
 )
@@ -143,17 +142,6 @@ def test_missing_and_later_files(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text(f"{lines[0]},added_later\n{lines[1]},7\n", encoding="utf-8")
     assert read_results(path) == [row(value=0.5)]
-
-
-def test_arrow_form() -> None:
-    table = to_arrow([row(value=0.5, examples=3), row(arm="b")])
-    assert table.schema.names == list(COLUMNS)
-    assert table.schema.field("value").type == pa.float64()
-    assert table.schema.field("seeds").type == pa.int64()
-    assert table.schema.field("cluster").type == pa.string()
-    assert table["value"].to_pylist() == [0.5, None]
-    assert table["examples"].to_pylist() == [3, None]
-    assert table["reference"].to_pylist() == ["", ""]
 
 
 def test_any_order_of_writing_gives_the_same_sections() -> None:

@@ -13,25 +13,18 @@ from sklearn.metrics import roc_auc_score
 
 from kellm_features.errors import ArtifactError
 from kellm_features.evaluation.arms import ID_5, ID_30, ITEM_MEAN, Arm, ladder
+from kellm_features.evaluation.bootstrap import ClusterBootstrap
 from kellm_features.evaluation.experiment import PREDICTIONS, Cell, Outcome, cell_folder
 from kellm_features.evaluation.protocol import Fold
+from kellm_features.evaluation.results import ResultRow
 from kellm_features.evaluation.score import score_study, with_holm
-from kellm_features.evaluation.world import (
-    FoldFiles,
-    World,
-    content_hash,
-    load_encodings,
-    load_fold,
-    load_samplers,
-    prepare_fold,
-    save_vectors,
-)
-from kellm_features.schemas import ITEMS, USERS, write_table
+from kellm_features.evaluation.world import World, content_hash, load_encodings, load_fold, load_samplers
 from kellm_features.settings import Settings
 
-from .world import catalogue, interactions, people
+from .world import fold_files, interactions, prepared
 
 ITEMS_N, USERS_N = 30, 90
+ARMS = {ID_30: 2.0, ID_5: 1.0}
 
 
 def rows(fold: int) -> list[tuple[int, int, int, str]]:
@@ -45,40 +38,28 @@ def rows(fold: int) -> list[tuple[int, int, int, str]]:
     ]
 
 
-def fold_files(root: Path, name: str, table: pa.Table, settings: Settings) -> FoldFiles:
-    fold = Fold(name, table, "user", "valid", frozenset(), frozenset())
-    paths = [root / "run" / "ingest" / f"{what}.parquet" for what in ("items", "users")]
-    content = content_hash(fold, paths)
-    folder = prepare_fold(root, fold, settings, range(1, ITEMS_N + 1), range(1, USERS_N + 1), content)
-    vectors = np.random.default_rng(0).normal(size=(USERS_N, 4)).astype(np.float32)
-    user_vectors = save_vectors(root / "vectors", vectors)
-    return FoldFiles(folder, name, "user", "valid", fold.split_hash, content, user_vectors)
+def user_fold(name: str, given: list[tuple[int, int, int, str]]) -> Fold:
+    return Fold(name, interactions(given), "user", "valid", frozenset(), frozenset())
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    settings = Settings.model_validate({"history": {"max_events": 8}, "evaluate": {"samples": 200}})
-    (tmp_path / "run" / "ingest").mkdir(parents=True)
-    write_table(catalogue(ITEMS_N), tmp_path / "run" / "ingest" / "items.parquet", ITEMS)
-    write_table(people(USERS_N), tmp_path / "run" / "ingest" / "users.parquet", USERS)
-    folds = {f"B{k}": fold_files(tmp_path, f"B{k}", interactions(rows(k)), settings) for k in range(2)}
-    vectors = np.random.default_rng(1).normal(3, 2, size=(ITEMS_N, 5)).astype(np.float32)
-    return World(
-        tmp_path, tmp_path / "run", settings, {"title": save_vectors(tmp_path / "vectors", vectors)}, folds, {}
-    )
+    settings = Settings.model_validate({"history": {"max_events": 8}, "evaluate": {"samples": 200, "epochs": 3}})
+    folds = [user_fold(f"B{k}", rows(k)) for k in range(2)]
+    return prepared(tmp_path, settings, folds, items=ITEMS_N, users=USERS_N)
 
 
 def outcome(world: World, fold: str, arm: Arm, seed: int, *, noise: float) -> Outcome:
-    """A training whose scores are the labels and noise."""
+    """A training whose scores are the labels and noise; the first seed's is at its best in the last of 3 epochs."""
     examples = load_fold(world, world.folds[fold], None).examples["test"]
-    rng = np.random.default_rng([seed, int(fold[1]), int(100 * noise)])
+    rng = np.random.default_rng([seed, int(fold[-1]), int(100 * noise)])
     label = examples.label.numpy() > 0
     score = 1 / (1 + np.exp(-(label + rng.normal(0, noise, len(label)))))
     folder = world.root / f"{fold} {arm.key} {seed} {noise}"
     folder.mkdir()
     columns = {"user": examples.user.numpy(), "item": examples.item.numpy(), "label": label, "score": score}
     pq.write_table(pa.table(columns), folder / PREDICTIONS)
-    return Outcome(Cell(fold, "din", arm, seed, 1e-3), folder, 0.5, {})
+    return Outcome(Cell(fold, "din", arm, seed, 1e-3), folder, 0.5, {"epoch": 2 if seed else 3})
 
 
 def test_folds_seeds_and_a_closed_form_first(world: World) -> None:
@@ -97,6 +78,7 @@ def test_folds_seeds_and_a_closed_form_first(world: World) -> None:
     per_fold = [len(closed[fold].predictions()["label"]) for fold in ("B0", "B1")]
     for (arm, _), row in told.items():
         assert (row.folds, row.seeds, row.examples, row.backbone) == (2, 3, sum(per_fold), "din")
+        assert row.capped == (None if arm == "item-mean" else 2)
         of_arm = next(known for key, known in trained.items() if key.key == arm)
         areas = [roc_auc_score(o.predictions()["label"], o.predictions()["score"]) for o in of_arm]
         assert row.value == pytest.approx(np.average(areas, weights=np.repeat(per_fold, 3)))
@@ -104,7 +86,35 @@ def test_folds_seeds_and_a_closed_form_first(world: World) -> None:
     better = told["id-5", "id-30"]
     assert better.delta == pytest.approx(better.value - told["id-30", ""].value)
     assert better.delta_low > 0
-    assert {r.cluster for r in found if r.slice == "items 10-99" and r.metric == "auc"} <= {"user"}
+    assert {r.cluster for r in found if r.slice == "items 10-99" and r.metric == "auc"} == {"user"}
+
+
+def test_what_is_told_of_cold_items_varies_by_item(world: World) -> None:
+    """Train users meet items 1 to 14 alone, so 16 are cold: their interval is that of draws of 16 items."""
+    folds = [
+        user_fold(name, [row for row in rows(place) if row[1] <= 14 or row[3] != "train"])
+        for place, name in enumerate(("cold0", "cold1"))
+    ]
+    files = {fold.name: fold_files(world.root, fold, world.settings) for fold in folds}
+    world = replace(world, folds=files)
+    trained = {arm: [outcome(world, name, arm, 0, noise=noise) for name in files] for arm, noise in ARMS.items()}
+    found = score_study(world, "cold", "cold", "din", trained, {ID_5.key: ("id-30",)})
+    told = {(r.arm, r.slice): r for r in found if r.metric == "auc"}
+    assert {row.slice for row in told.values()} >= {"all", "warm", "cold", "items 0"}
+    for (_, slice_), row in told.items():
+        assert row.cluster == ("item" if slice_ in ("cold", "items 0", "items 1-9") else "user")
+    assert {row.metric for row in found if row.slice == "cold"} == {"auc", "log_loss", "ece"}
+    parts = [one.predictions() for one in trained[ID_5]]
+    user, item, label, score = (np.concatenate([p[n] for p in parts]) for n in ("user", "item", "label", "score"))
+    fold = np.repeat([0, 1], [len(part["label"]) for part in parts])
+    cold = item >= 14  # places in the catalogue
+    by_item, by_user = (
+        ClusterBootstrap(by, 200, world.settings.run.seed, fold).auc(label, score, cold) for by in (item, user)
+    )
+    row = told[ID_5.key, "cold"]
+    assert (row.value, row.low, row.high) == pytest.approx((by_item.value, *by_item.interval()))
+    assert by_item.interval() != pytest.approx(by_user.interval())
+    assert (row.clusters, row.examples) == (16, cold.sum())
 
 
 def test_other_targets_are_refused(world: World) -> None:
@@ -132,6 +142,25 @@ def test_holm_runs_over_the_claims_of_a_backbone(world: World) -> None:
         )
         assert len(peers) == 2
         assert row.p_holm == pytest.approx(min(1, max(2 * peers[0], row.p if row.p > peers[0] else 0)))
+
+
+def test_steps_are_one_family_and_each_ground_another() -> None:
+    """By hand: of two claims on the ground, 0.01·2 and 0.03; of three steps 0.01·3, 0.02·2 and 0.04; one form alone."""
+
+    def claim(arm: str, reference: str, p: float, **changes: str) -> ResultRow:
+        place = {"suite": "ctr", "split": "B", "backbone": "din", "metric": "auc", "label": arm} | changes
+        return ResultRow.model_validate(place | {"arm": arm, "reference": reference, "delta": 0.1, "p": p})
+
+    claims = [
+        claim("a", "id-30", 0.01), claim("b", "id-30", 0.03),
+        claim("a", "id-5", 0.01), claim("b", "a", 0.02), claim("b", "noise", 0.04),
+        claim("b", "a", 0.02, backbone="dien"), claim("b", "a", 0.02, metric="ece"),
+        claim("b", "a", 0.02, slice="cold"),
+        claim("form", "none", 0.02, suite="contrastive"), claim("form", "none-profile", 0.03, suite="contrastive"),
+        claim("page", "popularity", 0.02, suite="retrieval"), claim("page", "title", 0.03, suite="retrieval"),
+    ]  # fmt: skip
+    adjusted = [0.02, 0.03, 0.03, 0.04, 0.04, 0.02, 0.02, 0.02, 0.02, 0.03, 0.02, 0.03]
+    assert [row.p_holm for row in with_holm(claims)] == pytest.approx(adjusted)
 
 
 def test_a_folder_is_named_by_all_that_shapes_a_training(world: World) -> None:
@@ -174,9 +203,8 @@ def test_a_folder_is_named_by_all_that_shapes_a_training(world: World) -> None:
 
 
 def test_labels_decide_no_split_and_name_the_content(world: World) -> None:
-    table = interactions(rows(0))
-    other = interactions([(user, item, 1 - liked, part) for user, item, liked, part in rows(0)])
-    folds = [Fold("B0", t, "user", "valid", frozenset(), frozenset()) for t in (table, other)]
+    other = [(user, item, 1 - liked, part) for user, item, liked, part in rows(0)]
+    folds = [user_fold("B0", given) for given in (rows(0), other)]
     assert folds[0].split_hash == folds[1].split_hash
     assert content_hash(folds[0], []) != content_hash(folds[1], [])
 
@@ -223,10 +251,10 @@ def test_pairs_of_another_split_are_refused(world: World) -> None:
 def test_a_fold_is_prepared_once(world: World) -> None:
     files = world.folds["B0"]
     before = {path.name: path.stat().st_mtime_ns for path in files.folder.iterdir()}
-    again = fold_files(world.root, "B0", interactions(rows(0)), world.settings)
+    again = fold_files(world.root, user_fold("B0", rows(0)), world.settings)
     assert again == files
     assert {path.name: path.stat().st_mtime_ns for path in files.folder.iterdir()} == before
     flipped = [(user, item, 1 - liked, part) for user, item, liked, part in rows(0)]
-    assert fold_files(world.root, "B0", interactions(flipped), world.settings).content_hash != files.content_hash
+    assert fold_files(world.root, user_fold("B0", flipped), world.settings).content_hash != files.content_hash
     after = {path.name: path.stat().st_mtime_ns for path in files.folder.iterdir()}
     assert all(after[name] > before[name] for name in before)

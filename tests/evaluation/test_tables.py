@@ -16,6 +16,8 @@ from kellm_features.evaluation.tables import (
     UNDECIDED,
     UNMEASURED,
     all_tables,
+    capped,
+    claims,
     contrastive_forms,
     ladder,
     replication,
@@ -137,15 +139,14 @@ def test_a_verdict_needs_holm() -> None:
 def test_contrastive_forms_join_clicks_cold_clicks_and_retrieval() -> None:
     scope: dict[str, Any] = {"suite": "contrastive"}
     cold = scope | {"split": "cold", "slice": "cold"}
-    retrieval = cold | {"backbone": ""}
     grid = contrastive_forms(
         [
             row("mean", 0.77, **scope, **gain("none", -0.003, 0.001)),
             row("mean", 0.77, **scope, **gain("random", 0.003, 0.001)),
             row("mean", 0.68, **cold, **gain("none", 0.01, 0.02)),
-            row("mean", 0.4, metric="recall@20", **retrieval, **gain("none", 0.05, 0.01)),
+            row("mean", 0.4, metric="recall@20", **cold, **gain("none", 0.05, 0.01)),
             row("user", 0.76, **scope, **gain("none", 0.0, 0.001)),
-            row("late", 0.3, metric="recall@20 normalized", **retrieval, **gain("none", -0.05, 0.01)),
+            row("late", 0.3, metric="recall@20 normalized", **cold, **gain("none", -0.05, 0.01)),
             row("none", 0.77, **scope),
         ]
     )
@@ -155,11 +156,37 @@ def test_contrastive_forms_join_clicks_cold_clicks_and_retrieval() -> None:
         ("din", "mean", "none", HURTS, UNDECIDED, HELPS, UNMEASURED),
         ("din", "mean", "random", HELPS, UNMEASURED, UNMEASURED, UNMEASURED),
         ("din", "user", "none", UNDECIDED, UNMEASURED, UNMEASURED, UNMEASURED),
-        ("–", "late", "none", UNMEASURED, UNMEASURED, UNMEASURED, HURTS),
+        ("din", "late", "none", UNMEASURED, UNMEASURED, UNMEASURED, HURTS),
     ]
     recall = grid.column("delta_recall")[0]
     assert isinstance(recall, Estimate)
     assert recall.low == pytest.approx(0.04)
+
+
+def test_claims_name_what_their_own_rows_draw(rows: list[ResultRow]) -> None:
+    """Of the suite cold alone: steps on held-out items vary by item, whatever clicks elsewhere do."""
+    steps = [
+        row("page", 0.68, suite="cold", split="cold", slice="cold", cluster="item", **gain("title", 0.01, 0.001)),
+        row("page", 0.68, suite="cold", split="cold", cluster="user", **gain("id-30", 0.01, 0.001)),
+    ]
+    assert claims(steps).column("reference") == ["title"]
+    assert "bootstrap over items." in claims(steps).note
+    assert "bootstrap over users." in claims(rows).note
+
+
+def test_capped_counts_each_training_once() -> None:
+    place: dict[str, Any] = {"folds": 3, "seeds": 2}
+    told = [
+        row("page", 0.77, **place, capped=4),
+        row("page", 0.77, **place, capped=4, slice="cold"),
+        row("page", 0.77, **place, capped=4, **gain("id-30", 0.01, 0.001)),
+        row("id-30", 0.77, **place, capped=0),
+        row("page", 0.77, backbone="deepfm", **place, capped=1),
+        row("item-mean", 0.7, **place),  # a closed form is not trained
+    ]
+    assert capped(told).startswith("5 of 18 trainings were at their best in the last epoch")
+    assert capped(told) in ladder(told).note
+    assert capped(told[3:4]) == capped(told[-1:]) == capped([]) == ""
 
 
 def test_text_variants_join_cold_clicks_and_retrieval() -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kellm_features.errors import ConfigError, DataError
-from kellm_features.evaluation.prepare import prepare, with_data
+from kellm_features.evaluation.prepare import coverage_of, prepare, with_data
 from kellm_features.evaluation.texts import TextEncoder, read_descriptions
 from kellm_features.evaluation.world import save_vectors
 from kellm_features.settings import Settings
@@ -60,6 +60,17 @@ def test_vectors_are_named_by_their_content(tmp_path: Path) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert save_vectors(tmp_path, x) == save_vectors(tmp_path, x.copy()) != save_vectors(tmp_path, x + 1)
     assert np.array_equal(np.load(tmp_path / save_vectors(tmp_path, x)), x)
+
+
+def test_coverage_counts_what_is_more_than_the_title() -> None:
+    """Of four items two have a page; the digest of the others is a sentence that says nothing of them."""
+    texts = {
+        "title": ["A", "B", "C", "D"],
+        "digest": ["A. By Lee.", "B. By Kim.", "C. A film.", "D. A film."],
+        "page": ["A is a film by Lee.", "B", "C", "D"],  # the page of B has no lead
+        "closed-book": ["A says the model", "B says the model", "C says the model", "D"],
+    }
+    assert coverage_of(texts, [True, True, False, False]) == {"digest": 0.5, "page": 0.5, "closed-book": 0.75}
 
 
 @pytest.mark.parametrize(

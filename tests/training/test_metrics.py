@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from kellm_features.training.metrics import (
     auc,
     auc_by_group,
-    brier,
     cross_entropy,
     ece,
     equal_mass_bins,
     gauc,
     log_loss,
-    weighted_auc,
 )
 
 
@@ -28,24 +26,14 @@ def draw(seed: int, n: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=30))
-def test_weighted_auc_is_scikit_learns_and_that_of_repeated_rows(rows: list[tuple[bool, int, int]]) -> None:
-    labels, scores, weights = (np.array(column) for column in zip(*rows, strict=True))
-    found = weighted_auc(labels, scores / 4, weights)
-    if not weights[labels].sum() or not weights[~labels].sum():
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=30))
+def test_auc_is_scikit_learns(rows: list[tuple[bool, int]]) -> None:
+    labels, scores = (np.array(column) for column in zip(*rows, strict=True))
+    found = auc(labels, scores / 4)
+    if labels.all() or not labels.any():
         assert np.isnan(found)
         return
-    assert found == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights), abs=1e-12)
-    repeated = np.repeat(np.arange(len(rows)), weights)
-    assert found == pytest.approx(auc(labels[repeated], scores[repeated] / 4), abs=1e-12)
-
-
-def test_weights_need_not_be_whole() -> None:
-    labels, scores, _ = draw(1)
-    weights = np.random.default_rng(2).random(len(labels))
-    assert weighted_auc(labels, scores, weights) == pytest.approx(
-        roc_auc_score(labels, scores, sample_weight=weights), abs=1e-12
-    )
+    assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_auc_by_group_is_auc_of_each_group() -> None:
@@ -92,10 +80,8 @@ def test_bins_hold_equal_mass_and_never_part_equal_values() -> None:
     assert equal_mass_bins(tied[order], 5).tolist() == equal_mass_bins(tied, 5)[order].tolist()
 
 
-def test_brier_and_cross_entropy() -> None:
+def test_cross_entropy() -> None:
     labels, scores, _ = draw(7)
-    assert brier(labels, scores) == pytest.approx(brier_score_loss(labels, scores), abs=1e-12)
     assert cross_entropy(np.array([True, False]), np.array([0.25, 0.25])) == pytest.approx([np.log(4), np.log(4 / 3)])
     assert log_loss(labels, scores) == pytest.approx(cross_entropy(labels, scores).mean())
-    assert np.isnan(brier(labels[:0], scores[:0]))
     assert np.isnan(log_loss(labels[:0], scores[:0]))
