@@ -124,9 +124,10 @@ def machine(device: str) -> str:
 
 
 def train_settings(backbone: str, batch_size: int, device: str, **variant: Any) -> TrainSettings:
-    """The defaults, without what the paper has not: every step is a joint one, of vectors side by side."""
-    fixed = {"schedule": "joint", "affinity": "none", "epochs": 2, "patience": 0, "device": device}
-    return TrainSettings(backbone=backbone, batch_size=batch_size, **fixed, **variant)
+    """The paper's form: every step is a joint one, with a sum, of the user's and the item's vector side by side."""
+    printed = {"schedule": "joint", "profile": True, "affinity": "none", "reduction": "sum", "weight": 0.004}
+    fixed = {"epochs": 2, "patience": 0, "device": device}
+    return TrainSettings(backbone=backbone, batch_size=batch_size, **printed, **fixed, **variant)
 
 
 def read_world(run_dir: Path | None, examples: int) -> World:

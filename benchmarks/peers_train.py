@@ -33,6 +33,7 @@ class PlainFeatures:
         users, items = torch.arange(len(data.user_ids)), torch.arange(len(data.item_ids))
         by_user, by_item = data.features(users, users * 0), data.features(items * 0, items)
         self.item, self.genres = by_item.fields["item"].ids[:, 0], by_item.fields["genres"]
+        self.year = by_item.fields["year"].ids
         self.attributes = {name: by_user.fields[name].ids for name in ATTRIBUTES}
         self.told = by_user.fields["history_flags"]
         self.flags = by_user.flags
@@ -55,7 +56,7 @@ class PlainFeatures:
         liked, disliked = flags == LIKED, flags == DISLIKED
         one = torch.ones(len(user), 1)
         genres = Bag(self.genres.ids[item], self.genres.weights[item])
-        fields = {"item": Bag(shown[:, None], one), "genres": genres}
+        fields = {"item": Bag(shown[:, None], one), "genres": genres, "year": Bag(self.year[item], one)}
         fields |= {name: Bag(column[user], one) for name, column in self.attributes.items()}
         fields |= {
             "history_liked": Bag(past, shares(liked & (past > 0))),
@@ -139,12 +140,13 @@ class PlainLoop:
         return total / rows
 
     def contrastive(self, side: str, ids: Tensor, z: Tensor) -> Tensor:
-        """The printed term: each example against the positives of all."""
+        """The term as printed, or its mean: each example against the positives of all."""
         has_positive = self.samplers[side].sizes[ids] > 0
         positives = self.samplers[side].sample(ids[has_positive], self.generator)
         z_positive = self.model.adapters[side](self.encodings[side][positives])
         logits = z[has_positive] @ z_positive.T / self.settings.temperature
-        return functional.cross_entropy(logits, torch.arange(len(logits), device=self.device), reduction="sum")
+        rows = torch.arange(len(logits), device=self.device)
+        return functional.cross_entropy(logits, rows, reduction=self.settings.reduction)
 
 
 def shares(weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from kellm_features.errors import ConfigError
 from kellm_features.sections import (
@@ -83,6 +83,16 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     store: StoreSettings = StoreSettings()
+
+    @model_validator(mode="after")
+    def _positives_are_kept(self) -> Settings:
+        # Whoever lowers swing.top_k below a default that was never asked for means the shorter lists.
+        if self.swing.top_k < self.train.top_k != TrainSettings().top_k:
+            raise ValueError(
+                f"train.top_k = {self.train.top_k} draws from more neighbours than swing.top_k = {self.swing.top_k} "
+                f"keeps: raise swing.top_k to {self.train.top_k}, or lower train.top_k"
+            )
+        return self
 
     def hash_of(self, sections: Iterable[str]) -> str:
         """SHA-256 over the named sections, without paths (inputs are hashed themselves) and tuning knobs."""
@@ -238,6 +248,8 @@ def _explain(error: ValidationError) -> str:
                 section = annotation
         return f"unknown key '{key}'; known there: {', '.join(section.model_fields)}{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # of several sections: the value seen would be all of the settings
+        return f"{message}{more}"
     if key.startswith("generate.server"):  # whoever puts a key there is not to find it in a log as well
         return f"'{key}': {message[0].lower()}{message[1:]}{more}"
     return f"'{key}' is {first['input']!r}: {message[0].lower()}{message[1:]}{more}"

@@ -22,10 +22,10 @@ from kellm_features.evaluation.baselines import baseline_scores
 from kellm_features.evaluation.world import FoldFiles, World, load_encodings, load_fold, load_samplers
 from kellm_features.settings import TrainSettings
 from kellm_features.store.layout import write_atomic
+from kellm_features.training.adapter import embed
 from kellm_features.training.data import CtrData
-from kellm_features.training.export import embed
+from kellm_features.training.scores import score
 from kellm_features.training.stage import fit
-from kellm_features.training.trainer import score
 
 PREDICTIONS = "predictions.parquet"
 ITEM_EMBEDDINGS = "item_embeddings.npy"

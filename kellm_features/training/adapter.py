@@ -11,6 +11,7 @@ from kellm_kernels import adapter_mlp
 
 Activation = Literal["gelu", "relu"]
 _MIN_STD = 1e-6
+_BLOCK = 8192
 
 
 class Standardized(nn.Module):
@@ -94,3 +95,14 @@ class Adapter(Standardized):
     def forward(self, encodings: Tensor) -> Tensor:
         """Encodings (..., D) -> embeddings (..., E)."""
         return adapter_mlp(encodings, *self.weights(), activation=self.activation, normalize=self.normalize)
+
+
+def embed(adapter: nn.Module, encodings: Tensor) -> Tensor:
+    """Encodings (N, D) -> embeddings (N, E) float32 on the device of both, in blocks: hidden layers are wide.
+
+    Args:
+        adapter: in eval mode.
+        encodings: of a whole catalogue.
+    """
+    with torch.inference_mode():
+        return torch.cat([adapter(block) for block in torch.split(encodings, _BLOCK)]).float()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -62,7 +63,8 @@ def save_adapters(path: Path, adapters: nn.ModuleDict, encoder_id: str) -> Adapt
     """Write adapters under `user.…` and `item.…`, experts of both under `shared.…`, and return what was said of them.
 
     Raises:
-        ValueError: there are none, or they are of several forms, or of none that `build_adapters` makes.
+        ValueError: there are none, or they are of several forms, of none that `build_adapters` makes, or share experts
+            in name alone.
     """
     forms = [_form(adapter) for adapter in adapters.values()]
     if not forms or any(form != forms[0] for form in forms):
@@ -134,11 +136,20 @@ def _form(adapter: nn.Module) -> dict[str, Any]:
 
 
 def _pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`user.shared.…` and `item.shared.…`, which are the same tensors, once as `shared.…`."""
-    packed = {}
+    """`user.shared.…` and `item.shared.…`, which are the same tensors, once as `shared.…`.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    packed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        side, _, rest = name.partition(".")
-        packed[rest if rest.startswith(f"{_SHARED}.") else f"{side}.{rest}"] = tensor
+        rest = name.partition(".")[2]
+        key = rest if rest.startswith(f"{_SHARED}.") else name
+        if not torch.equal(packed.setdefault(key, tensor), tensor):
+            raise ValueError(
+                f"'{name}' is another tensor than the '{rest}' of a side before: a file holds shared experts once; "
+                "give all sides the same, as build_adapters does, or write a file for each side"
+            )
     return packed
 
 

@@ -12,7 +12,7 @@ def named_device(settings: TrainSettings) -> torch.device | None:
     """The device that `train.device` names, whether or not this machine has it; None where it names none.
 
     Raises:
-        ConfigError: it is no device, neither CPU nor CUDA, or one GPU for several ranks.
+        ConfigError: it is no device, neither CPU nor CUDA, or one GPU for ranks that are given theirs.
     """
     name = settings.device
     if name is None:
@@ -25,9 +25,10 @@ def named_device(settings: TrainSettings) -> torch.device | None:
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"train.device = {name!r} cannot be trained on: 'cpu', 'cuda' and 'cuda:N' are accepted")
-    if device.type == "cuda" and device.index is not None and settings.ranks > 1:
+    if device.index is not None and device.type == "cuda" and (settings.ranks > 1 or settings.launcher == "spark"):
         raise ConfigError(
-            f"train.device = {name!r} with train.ranks = {settings.ranks}: each rank has a GPU of its own; say 'cuda'"
+            f"train.device = {name!r} with train.ranks = {settings.ranks} by {settings.launcher}: each rank is given a "
+            "GPU of its own; say 'cuda'"
         )
     return device
 

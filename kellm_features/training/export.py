@@ -7,9 +7,9 @@ import logging
 from datetime import UTC, datetime
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kellm_features.artifacts import digest
 from kellm_features.errors import ArtifactError
@@ -22,12 +22,13 @@ from kellm_features.schemas import (
     write_table,
 )
 from kellm_features.stages import StageContext, StageReport
+from kellm_features.training.adapter import embed
 from kellm_features.training.checkpoint import AdapterMeta, load_adapters, weights_hash
 from kellm_features.training.encodings import Encodings, read_encodings
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 8192
+_LIST_VALUES = 2**31 - 1  # an Arrow list's offsets are int32
 _SCHEMAS = {"item": (ITEM_ENCODINGS, ITEM_EMBEDDINGS), "user": (USER_ENCODINGS, USER_EMBEDDINGS)}
 
 
@@ -69,12 +70,6 @@ def run(ctx: StageContext) -> StageReport:
     )
 
 
-def embed(adapter: nn.Module, encodings: Tensor) -> Tensor:
-    """Encodings (N, D) -> embeddings (N, E) float32 on the CPU, in blocks."""
-    with torch.inference_mode():
-        return torch.cat([adapter(block) for block in torch.split(encodings, _BLOCK)]).float()
-
-
 def _check_fit(encodings: Encodings, meta: AdapterMeta, where: str) -> None:
     seen = (encodings.encoder_id, encodings.vectors.shape[1])
     if seen != (meta.encoder_id, meta.in_dim):
@@ -95,14 +90,13 @@ def _table(
 ) -> pa.Table:
     order = np.argsort(encodings.ids)
     vectors = np.ascontiguousarray(embeddings.numpy()[order])
-    rows, dim = vectors.shape
+    rows = len(vectors)
     model = meta.model_id.encode()
     instants = pa.array([now] * rows, TIMESTAMP)
-    offsets = pa.array(np.arange(0, rows * dim + 1, dim, dtype=np.int32))
     return pa.table(
         {
             f"{side}_id": pa.array(encodings.ids[order]),
-            "embedding": pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel())),
+            "embedding": _lists(vectors),
             "embedding_version": pa.array([version] * rows),
             "model_id": pa.array([meta.model_id] * rows),
             "content_hash": pa.array([hashlib.sha256(row.tobytes() + model).hexdigest() for row in vectors]),
@@ -110,3 +104,14 @@ def _table(
             "created_timestamp": instants,
         }
     )
+
+
+def _lists(vectors: npt.NDArray[np.float32], limit: int = _LIST_VALUES) -> pa.ChunkedArray:
+    """Rows (N, E) as lists, in chunks of at most `limit` values."""
+    dim = vectors.shape[1]
+    chunks = []
+    for start in range(0, len(vectors), limit // dim):
+        part = vectors[start : start + limit // dim]
+        offsets = pa.array(np.arange(len(part) + 1, dtype=np.int32) * dim)
+        chunks.append(pa.ListArray.from_arrays(offsets, pa.array(part.ravel())))
+    return pa.chunked_array(chunks, type=pa.list_(pa.float32()))

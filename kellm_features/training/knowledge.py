@@ -94,24 +94,27 @@ class KnowledgeAugmented(nn.Module):
 
     Args:
         backbone: any module called as `backbone(features, knowledge) -> logits (B,)`. `features` is whatever the caller
-            hands in; `knowledge` is the adapted vectors side by side in the order of `adapters`, (B, K), or None
-            without adapters.
+            hands in; `knowledge` is the adapted vectors of `shown` side by side in the order of `adapters`, (B, K), or
+            None without any.
         adapters: side (`user`, `item`) -> module from (B, D) encodings to (B, E).
         weight: w.
         temperature: of the contrastive terms.
         reduction: of the contrastive terms: `sum` (printed) or `mean`; ℓ_ctr is a mean.
         impl: of `AdapterInfoNCE`.
         sides: whose contrastive terms are in the loss; the other adapters learn from clicks alone. None: all.
+        shown: whose vectors the backbone gets; the other adapters learn from their contrastive terms alone. None: all.
         affinity: products that follow the vectors in the knowledge, √E · z_item ∘ v, which add up to √E times a cosine:
             a DNN sees how near v is to the item as a linear function of its input. √E makes them as large as a unit
             vector's own components. `profile`: v is the user's vector. `history`: two products, of the mean vectors of
             the items that the user liked and disliked before, all through the one adapter of items, so that a cold item
-            is near or far as any other. `none`: KELLMRec, which concatenates only. Without the adapters that it takes,
-            both for `profile` and the items' for `history`, it becomes `none`: so a model without text is built alike.
+            is near or far as any other. `none`: KELLMRec, which concatenates only. Where the sides that it takes, both
+            for `profile` and the items' for `history`, are not shown, it becomes `none`: so a model without text is
+            built alike.
         gather: contrast over the batches of all ranks, as in `AdapterInfoNCE`; P must then be equal on all of them.
 
     Raises:
-        ValueError: a reduction that is no scalar, a side without an adapter, or an unknown affinity.
+        ValueError: a reduction that is no scalar, a side without an adapter, an adapter that would learn from nothing,
+            or an unknown affinity.
     """
 
     def __init__(
@@ -124,39 +127,43 @@ class KnowledgeAugmented(nn.Module):
         reduction: Reduction = "sum",
         impl: str = "auto",
         sides: Collection[str] | None = None,
+        shown: Collection[str] | None = None,
         affinity: Affinity = "none",
         gather: bool = False,
     ) -> None:
         super().__init__()
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r}: the joint loss is a scalar, 'sum' and 'mean' are accepted")
-        unknown = sorted(set(sides or ()) - set(adapters))
-        if unknown:
-            raise ValueError(f"sides={unknown} have no adapter: {sorted(adapters)} are accepted")
+        for name, named in (("sides", sides), ("shown", shown)):
+            if unknown := sorted(set(named or ()) - set(adapters)):
+                raise ValueError(f"{name}={unknown} have no adapter: {sorted(adapters)} are accepted")
         self.backbone = backbone
         self.adapters = nn.ModuleDict(dict(adapters.items()))
         self.contrast = AdapterInfoNCE(temperature=temperature, reduction=reduction, gather=gather, impl=impl)
         self.weight = weight
         self.sides = tuple(side for side in self.adapters if sides is None or side in sides)
-        self.affinity: Affinity = affinity if set(self.adapters) >= _adapters_of(affinity) else "none"
+        self.shown = tuple(side for side in self.adapters if shown is None or side in shown)
+        if idle := sorted(set(self.adapters) - set(self.sides) - set(self.shown)):
+            raise ValueError(f"the adapters of {idle} are in neither sides nor shown: they would learn from nothing")
+        self.affinity: Affinity = affinity if set(self.shown) >= _adapters_of(affinity) else "none"
         self._has_second_loss = isinstance(backbone, SecondLoss)
 
     @property
     def knowledge_width(self) -> int:
         """K, width of the knowledge that the backbone gets."""
-        return knowledge_width(self.adapters, affinity=self.affinity)
+        return knowledge_width({side: self.adapters[side] for side in self.shown}, affinity=self.affinity)
 
     def forward(self, features: Any, encodings: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B,), given each side's encodings by example, (B, D)."""
-        return self.logits(features, {side: adapter(encodings[side]) for side, adapter in self.adapters.items()})
+        """Logits (B,), given the encodings of each shown side by example, (B, D)."""
+        return self.logits(features, {side: self.adapters[side](encodings[side]) for side in self.shown})
 
     def logits(self, features: Any, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Logits (B,), given each side's embeddings by example, (B, E): the call of a server that stores them.
+        """Logits (B,), given the embeddings of each shown side by example, (B, E).
 
-        With `affinity="history"` also the means of the history's item embeddings, under the names of `PAST`; 0 for an
-        empty one.
+        It is the call of a server, which stores embeddings. With `affinity="history"` also the means of the history's
+        item embeddings, under the names of `PAST`; 0 for an empty one.
         """
-        parts = [embeddings[side] for side in self.adapters]
+        parts = [embeddings[side] for side in self.shown]
         if self.affinity != "none":
             item = embeddings["item"]
             others = ("user",) if self.affinity == "profile" else PAST
@@ -169,7 +176,7 @@ class KnowledgeAugmented(nn.Module):
 
         Args:
             features: the backbone's.
-            sides: for each adapter, its part of the batch.
+            sides: for each adapter, its part of the batch; none for one that has no part in this step.
             labels: (B,) float, 0 or 1.
             contrast: False leaves the contrastive terms out: a step of clicks.
         """
@@ -178,8 +185,10 @@ class KnowledgeAugmented(nn.Module):
         for name, adapter in self.adapters.items():
             if contrast and name in self.sides:
                 terms[name], z = self.contrastive(name, sides[name])
-            else:
+            elif name in self.shown:
                 z = adapter(sides[name].encodings)
+            if name not in self.shown:
+                continue
             # Indexing would do, but this one's backward sums in a fixed order on the CPU.
             embeddings[name] = functional.embedding(sides[name].rows, z)
             if name == "item" and self.affinity == "history":

@@ -41,7 +41,7 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: Settings
-    """Sections run, data, history and train; others are not looked at."""
+    """Sections run, data, history and train; swing's `top_k` bounds train's. Others are not looked at."""
     inputs: dict[str, Path]
     """Folders of the stages ingest, swing and encode."""
     out: Path
@@ -67,7 +67,7 @@ class Job(BaseModel):
     ) -> Job:
         """A job for ranks that may start in other folders."""
         here = settings.train.launcher == "torchrun"
-        needed = {name: getattr(settings, name) for name in ("run", "data", "history", "train")}
+        needed = {name: getattr(settings, name) for name in ("run", "data", "history", "swing", "train")}
         if (board := settings.train.tensorboard) is not None:
             needed["train"] = settings.train.model_copy(update={"tensorboard": board.resolve()})
         return cls(

@@ -17,6 +17,25 @@ class TrainingDivergedError(KellmError):
     """The loss is no number any more."""
 
 
+def remedy(settings: TrainSettings, *, warm_up: bool, adapted: bool, contrasted: bool) -> str:
+    """What to do about a loss that is no number, with the values in use, for the end of a message.
+
+    Args:
+        settings: rates, weight and temperature.
+        warm_up: the steps were contrastive ones of the adapters alone, in which the weight cancels in AdamW.
+        adapted: the model has adapters.
+        contrasted: it learns from contrastive terms.
+    """
+    used = {
+        "learning_rate": not warm_up,
+        "adapter_learning_rate": adapted,
+        "weight": contrasted and not warm_up,
+    }
+    lower = [f"train.{name} (now {getattr(settings, name):g})" for name, counts in used.items() if counts]
+    raised = f", or raise train.temperature (now {settings.temperature:g})" if contrasted else ""
+    return f"lower {' or '.join(lower)}{raised}"
+
+
 class Meter:
     """Losses of an epoch's steps.
 
@@ -24,14 +43,14 @@ class Meter:
         epoch: for messages; 0 is the warm-up.
         device: of the losses.
         ranks: whose average is read, on all of them at the same steps.
-        settings: for messages.
+        remedy: for messages, what to do about a loss that is no number.
     """
 
-    def __init__(self, epoch: int, device: torch.device, ranks: Ranks, settings: TrainSettings) -> None:
+    def __init__(self, epoch: int, device: torch.device, ranks: Ranks, remedy: str) -> None:
         self.epoch = epoch
         self.device = device
         self.ranks = ranks
-        self.settings = settings
+        self.remedy = remedy
         self._names: tuple[str, ...] = ()
         self._last = torch.empty(0, device=device)
         self._sums = torch.empty(0, device=device)
@@ -73,7 +92,5 @@ class Meter:
     def _diverged(self, step: int, values: Mapping[str, float]) -> None:
         parts = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
         raise TrainingDivergedError(
-            f"training diverged at epoch {self.epoch}, step {step} or shortly before: {parts}; lower "
-            f"train.learning_rate (now {self.settings.learning_rate:g}) or raise train.temperature "
-            f"(now {self.settings.temperature:g})"
+            f"training diverged at epoch {self.epoch}, step {step} or shortly before: {parts}; {self.remedy}"
         )

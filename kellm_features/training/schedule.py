@@ -21,6 +21,11 @@ def chosen_sides(settings: TrainSettings) -> tuple[str, ...]:
     return named[settings.sides]
 
 
+def shown_sides(settings: TrainSettings) -> tuple[str, ...]:
+    """The sides whose embeddings the backbone gets."""
+    return ("user", "item") if settings.profile or settings.affinity == "profile" else ("item",)
+
+
 def warmup_steps(settings: TrainSettings, contrasted: tuple[str, ...]) -> int:
     """Contrastive steps before the first epoch."""
     return settings.warmup_steps if settings.schedule == "pretrain" and contrasted else 0
@@ -37,6 +42,10 @@ def modes(schedule: Schedule, contrasted: tuple[str, ...]) -> tuple[Mode, ...]:
     return ("ctr", "contrastive") if schedule == "alternating" else ("joint",)
 
 
-def has_partial_steps(settings: TrainSettings, contrasted: tuple[str, ...]) -> bool:
-    """Whether some steps leave parameters without a gradient, which DistributedDataParallel has to be told."""
-    return "contrastive" in modes(settings.schedule, contrasted) or warmup_steps(settings, contrasted) > 0
+def has_partial_steps(settings: TrainSettings, contrasted: tuple[str, ...], shown: tuple[str, ...]) -> bool:
+    """Whether some steps leave parameters without a gradient, which DistributedDataParallel has to be told.
+
+    A side that is contrasted and not shown has none in a batch without its positives.
+    """
+    apart = "contrastive" in modes(settings.schedule, contrasted) or warmup_steps(settings, contrasted) > 0
+    return apart or not set(contrasted) <= set(shown)

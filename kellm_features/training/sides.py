@@ -62,17 +62,19 @@ class SideBuilder:
         """Each side's share of a batch of examples.
 
         Args:
-            own: side -> (b,) indices, of the examples that this rank scores.
+            own: side -> (b,) indices, of the examples that this rank scores; a side whose vectors they do not need may
+                be left out.
             whole: side -> (B,) indices, of the whole batch.
             generator: of the positives, at the same state on all ranks.
             contrast: False leaves out anchors and positives.
             seen: on the CPU, of the examples that this rank scores: their histories' items are described as well.
         """
+        none = torch.empty(0, dtype=torch.int64)
         return {
             side: self._side(
                 side,
-                own[side],
-                self._anchors(side, whole[side]) if contrast and side in self.contrasted else own[side][:0],
+                own.get(side, none),
+                self._anchors(side, whole[side]) if contrast and side in self.contrasted else none,
                 generator,
                 seen if side == "item" else None,
             )

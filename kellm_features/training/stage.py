@@ -22,7 +22,7 @@ from kellm_features.errors import DataError
 from kellm_features.schemas import INTERACTIONS, ITEM_ENCODINGS, ITEMS, USER_ENCODINGS, USERS, read_table
 from kellm_features.settings import Settings, TrainSettings
 from kellm_features.stages import StageContext, StageReport
-from kellm_features.training.adapter import Standardized
+from kellm_features.training.adapter import Standardized, embed
 from kellm_features.training.backbones import build_backbone
 from kellm_features.training.checkpoint import save_adapters, save_module
 from kellm_features.training.data import FIELDS, SPLITS, CtrData, build_ctr_data
@@ -35,7 +35,7 @@ from kellm_features.training.loader import ExampleFiles, ExampleSource, write_ex
 from kellm_features.training.neighbors import neighbor_recall
 from kellm_features.training.pairs import PositiveSampler, read_pairs
 from kellm_features.training.ranks import Ranks
-from kellm_features.training.schedule import chosen_sides
+from kellm_features.training.schedule import chosen_sides, shown_sides
 from kellm_features.training.trainer import Trainer, score
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def run(ctx: StageContext) -> StageReport:
         RankFailedError: a rank failed, for one of these reasons or another, or was killed.
     """
     checkpoints = ctx.work / _key(ctx)
-    report = _train_here(ctx, checkpoints) if ctx.settings.train.ranks == 1 else _train_on_ranks(ctx, checkpoints)
+    here = ctx.settings.train.ranks == 1 and ctx.settings.train.launcher == "torchrun"
+    report = _train_here(ctx, checkpoints) if here else _train_on_ranks(ctx, checkpoints)
     _drop_others(checkpoints)  # not before: a slip in the settings should cost no checkpoint
     return report
 
@@ -138,14 +139,18 @@ def train(
     )
     if not trainer.ranks.first:
         return report
-    metrics = _metrics(trainer, vectors, samplers)
+    metrics = _metrics(trainer, samplers)
     meta = save_adapters(out / "adapter.safetensors", trainer.model.adapters, encodings["item"].encoder_id)
     save_module(
         out / "backbone.safetensors",
         trainer.model.backbone.state_dict(),
         {
             "backbone": settings.train.backbone,
-            "fields": FIELDS,
+            "field_dim": settings.train.field_dim,
+            "shown": list(trainer.model.shown),
+            "affinity": trainer.model.affinity,
+            "dim": settings.train.dim,
+            "fields": list(FIELDS.items()),  # the order counts, and JSON's objects are written in another
             "vocabularies": data.vocabularies,
             "model_id": meta.model_id,
         },
@@ -268,12 +273,13 @@ def build_model(
         for side, adapter in adapters.items():
             if isinstance(adapter, Standardized):
                 adapter.standardize(encodings[side][in_train[side]])
+        shown = [side for side in shown_sides(settings) if side in adapters]
         backbone = build_backbone(
             settings.backbone,
             FIELDS,
             data.table_rows,
             settings.field_dim,
-            knowledge_dim=knowledge_width(adapters, affinity=settings.affinity),
+            knowledge_dim=knowledge_width({side: adapters[side] for side in shown}, affinity=settings.affinity),
             dropout=settings.dropout,
         )
     return KnowledgeAugmented(
@@ -283,6 +289,7 @@ def build_model(
         temperature=settings.temperature,
         reduction=settings.reduction,
         sides=[side for side in chosen_sides(settings) if side in adapters],
+        shown=shown,
         affinity=settings.affinity,
         gather=gather,
     )
@@ -305,15 +312,13 @@ def _drop_others(checkpoints: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _metrics(
-    trainer: Trainer, vectors: Mapping[str, Tensor], samplers: Mapping[str, PositiveSampler]
-) -> dict[str, Any]:
+def _metrics(trainer: Trainer, samplers: Mapping[str, PositiveSampler]) -> dict[str, Any]:
     data = trainer.data
     return {
         "epoch": trainer.history.best_epoch,
         **{part: trainer.evaluate(part) for part in ("valid", "test")},
         "item_mean": {part: _item_mean(data, part) for part in ("valid", "test")},
-        "neighbors": _neighbors(trainer.model, vectors, samplers),
+        "neighbors": _neighbors(trainer, samplers),
         "targets": {part: len(data.examples[part]) for part in SPLITS},
         "training": {
             "device": trainer.device.type,
@@ -328,20 +333,17 @@ def _item_mean(data: CtrData, part: str) -> dict[str, float]:
     return score(data, part, data.item_mean.numpy()[data.examples[part].item.numpy()])
 
 
-def _neighbors(
-    model: KnowledgeAugmented, encodings: Mapping[str, Tensor], samplers: Mapping[str, PositiveSampler]
-) -> dict[str, dict[str, float]]:
+def _neighbors(trainer: Trainer, samplers: Mapping[str, PositiveSampler]) -> dict[str, dict[str, float]]:
     """In-sample recall of SWING neighbours, before and after adaptation."""
-    model = model.cpu().eval()
     found = {}
-    with torch.inference_mode():
-        for side, adapter in model.adapters.items():
-            truth = samplers[side]
-            found[side] = {
-                "anchors": int((truth.sizes > 0).sum()),
-                f"raw_recall_at_{RECALL_AT}": neighbor_recall(encodings[side], truth, RECALL_AT),
-                f"adapted_recall_at_{RECALL_AT}": neighbor_recall(adapter(encodings[side]), truth, RECALL_AT),
-            }
+    for side, adapter in trainer.model.adapters.items():
+        truth, raw = samplers[side], trainer.encodings[side]
+        adapted = embed(adapter.eval(), raw)
+        found[side] = {
+            "anchors": int((truth.sizes > 0).sum()),
+            f"raw_recall_at_{RECALL_AT}": neighbor_recall(raw.cpu(), truth, RECALL_AT),
+            f"adapted_recall_at_{RECALL_AT}": neighbor_recall(adapted.cpu(), truth, RECALL_AT),
+        }
     return found
 
 

@@ -49,7 +49,7 @@ class TrainingState:
 
 
 class DamagedCheckpointError(ArtifactError):
-    """A checkpoint's file is there and cannot be believed."""
+    """A checkpoint's file is there, and is not as it was written."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"{path} is not a readable checkpoint ({why}): delete it, or name an earlier epoch")
@@ -118,12 +118,12 @@ class CheckpointFolder:
                 if old != state.history.best_epoch:
                     self.file(old).unlink(missing_ok=True)
 
-    def load(self, epoch: int, device: torch.device) -> TrainingState:
-        """The state after an epoch.
+    def load(self, epoch: int) -> TrainingState:
+        """The state after an epoch, on the CPU; `load_state_dict` takes tensors to where they belong.
 
         Raises:
-            ArtifactError: the epoch is not kept.
-            DamagedCheckpointError: it is, and its file is not as it was written.
+            ArtifactError: the epoch is not kept, or its file is whole and could not be read or loaded all the same.
+            DamagedCheckpointError: its file is not as it was written.
         """
         path = self.file(epoch)
         try:
@@ -135,28 +135,36 @@ class CheckpointFolder:
                 "train.keep_checkpoints for the next training, or train from the start"
             ) from error
         except OSError as error:
-            raise DamagedCheckpointError(path, error.strerror or "it cannot be read") from error
+            raise ArtifactError(
+                f"{path} could not be read ({error.strerror or first_line(error)}): make it readable and train again, "
+                "or name an earlier epoch; nothing was deleted"
+            ) from error
         payload = memoryview(content)[:-_DIGEST_BYTES]
         if hashlib.sha256(payload).digest() != content[-_DIGEST_BYTES:]:
             raise DamagedCheckpointError(path, f"{len(content):,} bytes, not those that were written")
         try:
-            raw = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+            raw = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             return TrainingState(**{**raw, "history": History(**raw["history"])})
-        except Exception as error:  # torch.load raises whatever the content leads to
-            raise DamagedCheckpointError(path, first_line(error)) from error
+        except Exception as error:  # too little memory, or another version's: none of it is the file's fault
+            raise ArtifactError(
+                f"{path} is whole, but could not be loaded ({type(error).__name__}: {first_line(error)}): free memory, "
+                "or go back to the versions that wrote it, and train again; nothing was deleted"
+            ) from error
 
-    def newest(self, device: torch.device, up_to: int) -> TrainingState | None:
-        """The last state that can be read; a damaged one is passed over with a warning, as its epoch can be redone.
+    def newest(self, up_to: int) -> TrainingState | None:
+        """The last state that is undamaged; a damaged one is passed over with a warning, as its epoch can be redone.
 
         Args:
-            device: of its tensors.
             up_to: the last epoch that is looked at: a longer training may have left later ones.
+
+        Raises:
+            ArtifactError: it is whole and could not be read or loaded.
         """
         for epoch in reversed(self.epochs()):
             if epoch > up_to:
                 continue
             try:
-                return self.load(epoch, device)
+                return self.load(epoch)
             except DamagedCheckpointError as error:
                 logger.warning(
                     "%s is not a readable checkpoint (%s): going on from the checkpoint before it, and doing its epoch "

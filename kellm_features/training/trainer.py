@@ -15,20 +15,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kellm_features.errors import ArtifactError, first_line
+from kellm_features.errors import ArtifactError, DataError, first_line
 from kellm_features.progress import Advance, track
 from kellm_features.settings import TrainSettings
+from kellm_features.training.adapter import embed
 from kellm_features.training.data import CtrData
 from kellm_features.training.device import training_device
+from kellm_features.training.draws import Draws
 from kellm_features.training.knowledge import JointLoss, JointStep, KnowledgeAugmented, Mode, pooled
 from kellm_features.training.loader import Batch, BatchLoader, ExampleSource, ExampleTable
-from kellm_features.training.meter import Meter, TrainingDivergedError
-from kellm_features.training.metrics import auc, ece, gauc, log_loss
+from kellm_features.training.meter import Meter, TrainingDivergedError, remedy
 from kellm_features.training.monitor import Monitor, Silent, TensorBoard
 from kellm_features.training.optimizer import adapter_optimizer, joint_optimizer
 from kellm_features.training.pairs import PositiveSampler
 from kellm_features.training.ranks import Ranks
 from kellm_features.training.schedule import contrasted_sides, has_partial_steps, modes, warmup_steps
+from kellm_features.training.scores import score
 from kellm_features.training.sides import SideBuilder, past_bags
 from kellm_features.training.state import CheckpointFolder, History, TrainingState
 
@@ -38,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 _CURVE_POINTS = 50  # sampled steps per epoch in the curve
 _SCORE_BATCH = 8192
-_POSITIVES, _DROPOUT = 3, 4  # what an epoch draws beside the loader's order and noise, each with its own generator
 
 
 class Trainer:
@@ -62,6 +63,7 @@ class Trainer:
 
     Raises:
         ConfigError: `settings.device` is none that this machine has.
+        DataError: a side that is not shown to the backbone has no positives either.
         ValueError: a contrasted side without a sampler; ranks, and a model that contrasts on each alone.
     """
 
@@ -87,10 +89,17 @@ class Trainer:
         self.seed = seed
         self.checkpoints = None if checkpoint is None else CheckpointFolder(checkpoint, settings.keep_checkpoints)
         self.ranks = ranks or Ranks()
+        self.draws = Draws(seed, self.ranks.rank, self.device)
         self.history = History()
         if self.ranks.world > 1 and not model.contrast.gather:
             raise ValueError("the model contrasts on each rank alone: build it with gather=True")
         self.sides = SideBuilder(self.encodings, samplers, contrasted_sides(model), self.ranks)
+        if idle := sorted(set(model.adapters) - set(model.shown) - set(self.sides.contrasted)):
+            raise DataError(
+                f"the adapters of {idle} have nothing to learn from: the backbone is not shown their embeddings, and "
+                f"SWING has no pairs of theirs, or their term no weight ({model.weight:g}); show them, for users by "
+                "train.profile = true"
+            )
         self.modes = modes(settings.schedule, self.sides.contrasted)
         self.optimizer = joint_optimizer(model, settings)
         self._step = self._wrapped()
@@ -110,7 +119,8 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite.
-            ArtifactError: the epoch is not kept, above `settings.epochs`, damaged, or of another model.
+            ArtifactError: the epoch is not kept, above `settings.epochs`, damaged, not to be read or loaded, or of
+                another model; no checkpoint is deleted then.
             ConfigError: `settings.tensorboard` is no folder that can be written to.
             MissingExtraError: `settings.tensorboard` without tensorboard.
         """
@@ -135,7 +145,7 @@ class Trainer:
         self.model.eval()
         scores = []
         with torch.inference_mode():
-            embeddings = {side: adapter(self.encodings[side]) for side, adapter in self.model.adapters.items()}
+            embeddings = {side: embed(self.model.adapters[side], self.encodings[side]) for side in self.model.shown}
             for start in range(0, len(examples), _SCORE_BATCH):
                 user, item = (ids[start : start + _SCORE_BATCH] for ids in (examples.user, examples.item))
                 rows = {"user": user.to(self.device), "item": item.to(self.device)}
@@ -159,14 +169,14 @@ class Trainer:
         steps = warmup_steps(self.settings, self.sides.contrasted)
         if self.history.warm or not steps:
             return
-        generator = self._generator(0, _POSITIVES)
+        generator = self.draws.positives(0)
         anchors = self.sides.passes(self.settings.batch_size, generator)
         optimizer = adapter_optimizer(self.model, self.settings)
-        meter = Meter(0, self.device, self.ranks, self.settings)
+        meter = self._meter(0)
         every = max(1, steps // _CURVE_POINTS)
         note = ""
         self.model.train()
-        with self._progress("warm up", steps, "steps") as advance:
+        with self.draws.of_model(0), self._progress("warm up", steps, "steps") as advance:
             for step in range(steps):
                 meter.add(self._contrast(next(anchors), generator, optimizer), 1)
                 if step % every == 0 or step == steps - 1:
@@ -180,12 +190,12 @@ class Trainer:
     def _epoch(self, epoch: int, advance: Advance) -> None:
         loader = self._loader(epoch)
         every = max(1, len(loader) // _CURVE_POINTS)
-        meter = Meter(epoch, self.device, self.ranks, self.settings)
-        positives = self._generator(epoch, _POSITIVES)
+        meter = self._meter(epoch)
+        positives = self.draws.positives(epoch)
         anchors = self.sides.passes(self.settings.batch_size, positives)
         started, note = time.monotonic(), ""
         self.model.train()
-        with self._seeded_dropout(epoch):
+        with self.draws.of_model(epoch):
             for step, batch in enumerate(loader):
                 losses = self._clicks(batch, positives)
                 if "contrastive" in self.modes:
@@ -211,7 +221,8 @@ class Trainer:
             valid = [found["auc"], found["log_loss"]]
         area, loss = self.ranks.told(valid)
         if not math.isfinite(loss):
-            raise TrainingDivergedError(f"training diverged at the end of epoch {epoch}: validation LogLoss is {loss}")
+            told = f"training diverged at the end of epoch {epoch}: validation LogLoss is {loss}"
+            raise TrainingDivergedError(f"{told}; {self._remedy(epoch)}")
         self.history.epochs.append({"epoch": epoch, **means, "valid_auc": area, "valid_log_loss": loss})
         logger.info("epoch %d: loss %.4f, valid AUC %.4f", epoch, means["loss"], area)
         if area > self._best_auc or self.settings.patience == 0:
@@ -239,8 +250,9 @@ class Trainer:
         share = self.ranks.world * len(batch.user) / len(batch.whole_user)
         if not share:  # a last batch with fewer examples than ranks: this one takes part in the step, at weight 0
             batch = self._stand_in(batch)
+        own = {"user": batch.user, "item": batch.item}
         sides = self.sides.of_batch(
-            {"user": batch.user, "item": batch.item},
+            {side: own[side] for side in self.model.shown},
             {"user": batch.whole_user, "item": batch.whole_item},
             generator,
             contrast=mode == "joint",
@@ -289,22 +301,18 @@ class Trainer:
         return nn.parallel.DistributedDataParallel(
             step,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            find_unused_parameters=has_partial_steps(self.settings, self.sides.contrasted),
+            find_unused_parameters=has_partial_steps(self.settings, self.sides.contrasted, self.model.shown),
         )
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
-    @contextmanager
-    def _seeded_dropout(self, epoch: int) -> Iterator[None]:
-        """What the model draws by itself comes from (seed, epoch, rank), and leaves the process's own draws alone."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self._generator(epoch, _DROPOUT + self.ranks.rank).initial_seed())
-            yield
+    def _meter(self, epoch: int) -> Meter:
+        return Meter(epoch, self.device, self.ranks, self._remedy(epoch))
 
-    def _generator(self, epoch: int, what: int) -> torch.Generator:
-        words = np.random.SeedSequence([self.seed, epoch, what]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0] >> 1))
+    def _remedy(self, epoch: int) -> str:
+        has = {"adapted": bool(self.model.adapters), "contrasted": bool(self.sides.contrasted)}
+        return remedy(self.settings, warm_up=epoch == 0, **has)
 
     def _epochs_left(self) -> int:
         """Epochs to go at most: 0 when all are done or patience has run out."""
@@ -360,13 +368,13 @@ class Trainer:
         state, found = None, -1
         if self.ranks.first:
             if epoch is None:
-                state = self.checkpoints.newest(self.device, self.settings.epochs)
+                state = self.checkpoints.newest(self.settings.epochs)
                 found = -1 if state is None else len(state.history.epochs)
             elif epoch > 0 or 0 in self.checkpoints.epochs():
                 found = epoch
         if (found := int(self.ranks.told([float(found)])[0])) < 0:
             return found
-        state = state or self.checkpoints.load(found, self.device)
+        state = state or self.checkpoints.load(found)
         if found > self.settings.epochs:
             raise ArtifactError(
                 f"epoch {found} cannot be resumed from: train.epochs = {self.settings.epochs} ends before it; raise "
@@ -375,6 +383,8 @@ class Trainer:
         try:
             self.model.load_state_dict(state.model)
             self.optimizer.load_state_dict(state.optimizer)
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the checkpoint
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             raise ArtifactError(
                 f"{self.checkpoints.file(len(state.history.epochs))} is of another model or other settings "
@@ -385,15 +395,3 @@ class Trainer:
             self._best = state.best or copy.deepcopy(self.model.state_dict())
         logger.info("resuming after epoch %d of %d", len(self.history.epochs), self.settings.epochs)
         return found
-
-
-def score(data: CtrData, part: str, probabilities: npt.NDArray[np.float64]) -> dict[str, float]:
-    """AUC, LogLoss, GAUC (by user) and calibration error of given predictions for the targets of one part."""
-    examples = data.examples[part]
-    labels = examples.label.numpy() > 0
-    return {
-        "auc": auc(labels, probabilities),
-        "log_loss": log_loss(labels, probabilities),
-        "gauc": gauc(labels, probabilities, examples.user.numpy()),
-        "ece": ece(labels, probabilities),
-    }

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from kellm_features.training.ranks import Ranks, backend
 from kellm_features.training.stage import train
 
 _LOOK_EVERY_S = 0.5
+_WAIT = timedelta(days=1)
+"""How long a rank waits in a collective. The first one validates, writes examples and saves while the others wait in
+one, for longer than PyTorch's 10 (nccl) or 30 minutes (gloo) where data are large; a day ends what is stuck for good. A
+rank that has ended is the launcher's to notice, at once and whatever this is."""
 
 
 def run_job(path: str) -> None:
@@ -57,7 +62,7 @@ def _train_with_others(job: Job) -> StageReport | None:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = take_gpu(job.settings.train, dist.get_node_local_rank(fallback_rank=0))
-    dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(backend(device), timeout=_WAIT, device_id=device if device.type == "cuda" else None)
     ranks = Ranks.joined(device)
     job.out.mkdir(parents=True, exist_ok=True)
     done = train(job.settings, job.find, job.out, job.checkpoints, ranks=ranks, resume_from=job.resume_from)

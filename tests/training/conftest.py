@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,6 +95,14 @@ def _pairs(taste: np.ndarray, allowed: np.ndarray) -> pd.DataFrame:
         scores = np.sort(rng.random(len(chosen)) + 0.1)[::-1]
         rows += [(anchor + 1, n + 1, s, 3, r + 1) for r, (n, s) in enumerate(zip(chosen, scores, strict=True))]
     return pd.DataFrame(rows, columns=PAIRS.names).astype({"common": "int32", "rank": "int32"})
+
+
+def docs_block(word: str, language: str = "python") -> str:
+    """The one code block of docs/training.md that has the word."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    (found,) = [block for block in blocks if word in block]
+    return str(found)
 
 
 @pytest.fixture

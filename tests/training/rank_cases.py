@@ -26,12 +26,13 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
 }
 CASES: dict[str, dict[str, Any]] = {
-    "joint, sum": {"schedule": "joint"},
-    "pretrain, mean": {"schedule": "pretrain", "warmup_steps": 5, "reduction": "mean", "weight": 0.3},
+    "joint, sum": {"schedule": "joint", "reduction": "sum", "weight": 0.004},
+    "printed": {"schedule": "joint", "reduction": "sum", "weight": 0.004, "profile": True, "affinity": "none"},
+    "pretrain, mean": {"schedule": "pretrain", "warmup_steps": 5, "weight": 0.3},
     "alternating, experts": {"schedule": "alternating", "weight": 0.1, "adapter": "experts"},
-    "no contrast, affinity": {"sides": "none", "affinity": "history"},
+    "no contrast": {"sides": "none", "profile": True},
     # 672 = 61 · 11 + 1: one rank has no example of the last batch; workers prepare the others.
-    "lone example": {"schedule": "joint", "batch_size": 61, "sides": "item", "workers": 1},
+    "lone example": {"schedule": "joint", "batch_size": 61, "sides": "item", "profile": True, "workers": 1},
 }
 
 RESUMED = "din, bfloat16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -31,19 +32,27 @@ Gpus = Callable[[int], list[int]]
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "words"),
+    ("name", "ranks", "launcher", "words"),
     [
-        ("gpu", 1, r"train.device = 'gpu' is no device \(.*'cpu', 'cuda' and 'cuda:N' are accepted"),
-        ("meta", 1, "train.device = 'meta' cannot be trained on: 'cpu', 'cuda' and"),
-        ("cuda:0", 2, "'cuda:0' with train.ranks = 2: each rank has a GPU of its own; say 'cuda'"),
-        ("cuda", 1, r"train.device = 'cuda', and PyTorch \S+ finds 0 GPUs here"),
-        ("cuda:1", 1, r"train.device = 'cuda:1', and PyTorch \S+ finds 0 GPUs here"),
+        ("gpu", 1, "torchrun", r"train.device = 'gpu' is no device \(.*'cpu', 'cuda' and 'cuda:N' are accepted"),
+        ("meta", 1, "torchrun", "train.device = 'meta' cannot be trained on: 'cpu', 'cuda' and"),
+        (
+            "cuda:0",
+            2,
+            "torchrun",
+            "'cuda:0' with train.ranks = 2 by torchrun: each rank is given a GPU of its own; say",
+        ),
+        ("cuda:1", 1, "spark", "'cuda:1' with train.ranks = 1 by spark: each rank is given a GPU of its own"),
+        ("cuda", 1, "torchrun", r"train.device = 'cuda', and PyTorch \S+ finds 0 GPUs here"),
+        ("cuda:1", 1, "torchrun", r"train.device = 'cuda:1', and PyTorch \S+ finds 0 GPUs here"),
     ],
 )
-def test_a_device_that_cannot_be_had_is_named(gpus: Gpus, name: str, ranks: int, words: str) -> None:
+def test_a_device_that_cannot_be_had_is_named(
+    gpus: Gpus, name: str, ranks: int, launcher: Literal["torchrun", "spark"], words: str
+) -> None:
     gpus(0)
     with pytest.raises(ConfigError, match=words) as caught:
-        training_device(TrainSettings(device=name, ranks=ranks))
+        training_device(TrainSettings(device=name, ranks=ranks, launcher=launcher))
     assert "\n" not in str(caught.value)
 
 

@@ -138,6 +138,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     mixed = nn.ModuleDict({"user": make("mlp")["user"], "item": make()["item"]})
     with pytest.raises(ValueError, match="one form for all sides"):
         save_adapters(tmp_path / "a", mixed, "encoder")
+    apart = nn.ModuleDict({"user": make()["user"], "item": make()["item"]})
+    save_adapters(tmp_path / "a", apart, "encoder")  # equal numbers: nothing is lost
+    nn.init.zeros_(apart["item"].shared[1].output.bias)
+    with pytest.raises(ValueError, match=r"'item.shared.1.output.bias' is another tensor.*give all sides the same"):
+        save_adapters(tmp_path / "a", apart, "encoder")
     path = tmp_path / "adapter.safetensors"
     save_module(path, {"item.gate.weight": torch.zeros(2, 2)}, {"kind": "lora"})
     with pytest.raises(ArtifactError, match="kellm run --from train"):

@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kellm_features.artifacts import Artifact
 from kellm_features.stages import StageContext
 from kellm_features.training import export, stage
 from kellm_features.training.backbones import build_backbone
-from kellm_features.training.data import FIELDS
-from kellm_features.training.knowledge import PAST, KnowledgeAugmented
+from kellm_features.training.knowledge import PAST, Affinity, KnowledgeAugmented
 from kellm_features.training.trainer import score
 
-from .conftest import _manifest
+from .conftest import _manifest, docs_block
 
 Contexts = Callable[..., StageContext]
 
@@ -34,9 +34,14 @@ def mean_of(vectors: torch.Tensor, wanted: torch.Tensor, places: torch.Tensor) -
 
 
 @pytest.mark.parametrize("adapter", ["mlp", "experts"])
-@pytest.mark.parametrize("affinity", ["none", "profile", "history"])
-def test_exported_embeddings_score_as_the_metrics_say(context: Contexts, affinity: str, adapter: str) -> None:
-    options = {"backbone": "din", "affinity": affinity, "adapter": adapter, "epochs": 2}
+@pytest.mark.parametrize(
+    ("affinity", "profile"),
+    [("none", True), ("none", False), ("profile", False), ("history", True), ("history", False)],
+)
+def test_exported_embeddings_score_as_the_metrics_say(
+    context: Contexts, affinity: Affinity, profile: bool, adapter: str
+) -> None:
+    options = {"backbone": "din", "affinity": affinity, "profile": profile, "adapter": adapter, "epochs": 2}
     trained = context("train", **options)
     stage.run(trained)
     ctx = context("export", **options)
@@ -49,14 +54,21 @@ def test_exported_embeddings_score_as_the_metrics_say(context: Contexts, affinit
         assert table[f"{side}_id"].to_pylist() == list(ids)
         vectors[side] = torch.from_numpy(np.array(table["embedding"].to_pylist(), dtype=np.float32))
 
+    # No adapter is at hand where vectors are served: stand-ins name the sides that the backbone was shown.
+    shown = ("user", "item") if profile or affinity == "profile" else ("item",)
     products = {"none": 0, "profile": 1, "history": 2}[affinity]
-    width = (2 + products) * vectors["item"].shape[1]
-    settings = trained.settings.train
-    backbone = build_backbone("din", FIELDS, data.table_rows, settings.field_dim, knowledge_dim=width, dropout=0.0)
-    backbone.load_state_dict(load_file(trained.out / "backbone.safetensors"))
-    # No adapter is at hand where vectors are served: stand-ins name the sides.
-    sides = {"user": torch.nn.Identity(), "item": torch.nn.Identity()}
-    model = KnowledgeAugmented(backbone, sides, affinity=affinity).eval()
+    path = trained.out / "backbone.safetensors"
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["kellm"])
+    assert (meta["shown"], meta["affinity"]) == (list(shown), affinity)
+    rows = {table: len(values) + 1 for table, values in meta["vocabularies"].items()}
+    width = (len(meta["shown"]) + products) * meta["dim"]
+    backbone = build_backbone(
+        meta["backbone"], dict(meta["fields"]), rows, meta["field_dim"], knowledge_dim=width, dropout=0.0
+    )
+    backbone.load_state_dict(load_file(path))
+    sides = {side: torch.nn.Identity() for side in meta["shown"]}
+    model = KnowledgeAugmented(backbone, sides, affinity=meta["affinity"]).eval()
 
     told = json.loads((trained.out / "metrics.json").read_text())["test"]
     examples = data.examples["test"]
@@ -66,6 +78,11 @@ def test_exported_embeddings_score_as_the_metrics_say(context: Contexts, affinit
         given[name] = mean_of(vectors["item"], features.flags == flag, features.places)
     with torch.inference_mode():
         probabilities = model.logits(features, given).double().sigmoid().numpy()
+    if (affinity, profile) == ("history", False):  # the default, of which the docs show the stand-ins
+        names = {"torch": torch, "KnowledgeAugmented": KnowledgeAugmented, "backbone": backbone, "features": features}
+        names |= {"item": given["item"], "liked_mean": given["liked"], "disliked_mean": given["disliked"]}
+        exec(docs_block("Identity"), names)
+        np.testing.assert_array_equal(names["logits"].detach().double().sigmoid().numpy(), probabilities)
     found = score(data, "test", probabilities)
     assert found.keys() == told.keys()
     for metric, value in told.items():

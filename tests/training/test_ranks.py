@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from pyspark.sql import SparkSession
 from safetensors.torch import load_file
 
 from kellm_features.errors import ConfigError, DataError
-from kellm_features.stages import StageContext
-from kellm_features.training import launch, stage
+from kellm_features.stages import StageContext, StageReport
+from kellm_features.training import launch, stage, worker
 from kellm_features.training.launch import Job, RankFailedError
 from kellm_features.training.ranks import Ranks
 from kellm_features.training.worker import _end_with_launcher, run_job
@@ -83,16 +86,17 @@ def stage_outputs(ctx: StageContext) -> tuple[dict[str, torch.Tensor], dict[str,
     return weights, json.loads((ctx.out / "curves.json").read_text())
 
 
-def check_launcher(context: Contexts, launcher: str) -> None:
+def check_launcher(context: Contexts, launcher: str, ranks: int = 2) -> None:
     small = {"dropout": 0.0, "epochs": 1, "patience": 0, "schedule": "joint"}
     alone = context("train", **small)
     stage.run(alone)
     weights, curves = stage_outputs(alone)
     for file in [*alone.out.iterdir(), *alone.work.glob("checkpoints-*/*")]:
         file.unlink()
-    together = context("train", **small, ranks=2, launcher=launcher)
+    together = context("train", **small, ranks=ranks, launcher=launcher)
     report = stage.run(together)
-    assert report.notes["training"]["ranks"] == 2  # as the first of them saw it
+    assert report.notes["training"]["ranks"] == ranks  # as the first of them saw it
+    assert (together.work / "ranks" / "report.json").exists()  # and told
     found, found_curves = stage_outputs(together)
     assert_same(found, weights)
     assert_same_curves(found_curves, curves)
@@ -108,10 +112,11 @@ def test_the_stage_on_ranks_of_the_elastic_launcher(context: Contexts) -> None:
 
 
 @pytest.mark.spark
+@pytest.mark.parametrize("ranks", [1, 2])
 # TorchDistributor leaves the pipe that it reads its launcher's output from to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-def test_the_stage_on_ranks_of_sparks_torch_distributor(context: Contexts, spark: SparkSession) -> None:
-    check_launcher(context, "spark")
+def test_the_stage_on_ranks_of_sparks_torch_distributor(context: Contexts, spark: SparkSession, ranks: int) -> None:
+    check_launcher(context, "spark", ranks)
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(context: Contexts) -> None:
@@ -188,6 +193,29 @@ def test_a_rank_that_fails_before_it_meets_the_others_says_why(tmp_path: Path, m
         gone.wait()
     with pytest.raises(DataError, match=rf"the job is of launcher {gone.pid}, which has ended or is another"):
         _end_with_launcher(gone.pid)
+
+
+def test_ranks_wait_while_the_first_validates(
+    tmp_path: Path, context: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than PyTorch's half an hour, in the group that they have joined."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    waits: list[timedelta] = []
+
+    def look(*_: object, **__: object) -> StageReport:
+        waits.append(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
+        return StageReport(rows_in=0, rows_out=0)
+
+    monkeypatch.setattr(worker, "train", look)
+    job = Job.of(context("train").settings, inputs={}, out=tmp_path / "out", checkpoints=tmp_path / "kept")
+    try:
+        worker._train_with_others(job)
+    finally:
+        dist.destroy_process_group()
+    assert waits[0] >= timedelta(hours=12)
 
 
 def test_more_ranks_than_gpus_are_refused_before_any_starts(context: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:

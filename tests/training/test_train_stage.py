@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 
 from kellm_features.errors import ArtifactError, ConfigError, DataError, SchemaError
 from kellm_features.schemas import ITEM_EMBEDDINGS, USER_EMBEDDINGS, read_table
+from kellm_features.settings import load_settings
 from kellm_features.stages import StageContext
 from kellm_features.training import export, stage
+from kellm_features.training.adapter import Adapter
 from kellm_features.training.checkpoint import load_adapters
+from kellm_features.training.launch import Job
 from kellm_features.training.loader import ExampleFiles
 from kellm_features.training.trainer import Trainer, TrainingDivergedError
 
@@ -221,6 +224,48 @@ def test_exported_embeddings_are_the_trained_modules_outputs(
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
         assert table.column("embedding_version").unique().to_pylist() == [report.notes["embedding_version"]]
         assert len(set(table.column("content_hash").to_pylist())) == table.num_rows
+
+
+def test_a_catalogue_is_adapted_in_blocks(context: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, exported = context("train", epochs=1), context("export")
+    stage.run(trained)
+    whole = outputs(trained)["metrics.json"]
+    shutil.rmtree(trained.work)
+    sizes: list[int] = []
+
+    def forward(self: Adapter, encodings: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled():
+            sizes.append(len(encodings))
+        return real(self, encodings)
+
+    real = Adapter.forward
+    monkeypatch.setattr("kellm_features.training.adapter._BLOCK", 32)
+    monkeypatch.setattr(Adapter, "forward", forward)
+    stage.run(trained)
+    assert json.loads(outputs(trained)["metrics.json"])["test"] == pytest.approx(json.loads(whole)["test"], abs=1e-5)
+    items, users = [32, 28], [32, 32, 16]
+    # Validation, valid and test take the items alone, without profiles; neighbours and the export both sides.
+    assert sizes == [*items * 3, *users, *items]
+    sizes.clear()
+    export.run(exported)
+    assert sizes == [*items, *users]
+
+
+def test_lists_longer_than_their_offsets_reach_are_written_in_chunks() -> None:
+    vectors = np.arange(24, dtype=np.float32).reshape(8, 3)
+    lists = export._lists(vectors, limit=10)
+    assert [len(chunk) for chunk in lists.chunks] == [3, 3, 2]
+    assert lists.to_pylist() == vectors.tolist()
+    assert export._lists(vectors[:0]).to_pylist() == []
+
+
+def test_more_positives_than_swing_keeps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--set: train.top_k = 30 draws .* swing.top_k = 25 keeps: raise "):
+        load_settings(overrides=["train.top_k=30", "swing.top_k=25"])
+    assert load_settings(overrides=["swing.top_k=5"]).train.top_k == 20  # nobody asked for more than there are
+    more = load_settings(overrides=["swing.top_k=200", "train.top_k=150"])
+    job = Job.of(more, inputs={}, out=tmp_path, checkpoints=tmp_path)
+    assert Job.model_validate_json(job.model_dump_json()).settings.train.top_k == 150
 
 
 def test_adapter_file_tells_what_it_is(context: Contexts) -> None:

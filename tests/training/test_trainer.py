@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from kellm_features.errors import ArtifactError, ConfigError
 from kellm_features.stages import StageContext
@@ -70,7 +71,7 @@ def test_without_a_side_or_a_weight_nothing_contrastive_is_done(
 
     monkeypatch.setattr("kellm_features.training.losses.AdapterInfoNCE.forward", refuse)
     monkeypatch.setattr("kellm_features.training.pairs.PositiveSampler.sample", refuse)
-    none, weightless = fit(sides="none", schedule=schedule), fit(weight=0.0, schedule=schedule)
+    none, weightless = (fit(schedule=schedule, profile=True, **off) for off in ({"sides": "none"}, {"weight": 0.0}))
     assert_same_bits(none, weightless)
     assert set(none.history.steps[-1]) == {"step", "epoch", "loss", "ctr"}
     assert none.history.epochs[-1]["loss"] == none.history.epochs[-1]["ctr"]
@@ -78,7 +79,7 @@ def test_without_a_side_or_a_weight_nothing_contrastive_is_done(
 
 @pytest.mark.parametrize(("sides", "terms"), [("both", {"uu", "ii"}), ("item", {"ii"}), ("user", {"uu"})])
 def test_only_the_terms_of_the_chosen_sides_are_in_the_loss(fit: Fit, sides: str, terms: set[str]) -> None:
-    row = fit(sides=sides, weight=0.25).history.epochs[-1]
+    row = fit(sides=sides, weight=0.25, profile=True).history.epochs[-1]
     assert {"uu", "ii"} & set(row) == terms
     assert row["loss"] == pytest.approx(row["ctr"] + 0.25 * sum(row[term] for term in terms), rel=1e-6)
 
@@ -153,12 +154,12 @@ def test_from_any_kept_epoch_a_training_ends_with_the_same_bits(fit: Fit, tmp_pa
     whole = fit(checkpoint=tmp_path / "kept", epochs=4, schedule=schedule)
     folder = CheckpointFolder(tmp_path / "kept")
     assert folder.epochs() == [*([0] if schedule == "pretrain" else []), 1, 2, 3, 4]
-    before = {epoch: folder.load(epoch, torch.device("cpu")) for epoch in folder.epochs()}
+    before = {epoch: folder.load(epoch) for epoch in folder.epochs()}
     for epoch in (3, 1, min(before)):
         assert_same_bits(fit(checkpoint=tmp_path / "kept", epochs=4, schedule=schedule, resume_from=epoch), whole)
         assert folder.epochs() == list(before)
         for kept, state in before.items():
-            again = folder.load(kept, torch.device("cpu"))
+            again = folder.load(kept)
             assert again.history == state.history
             assert again.best_auc == state.best_auc
             torch.testing.assert_close(
@@ -199,6 +200,45 @@ def test_a_damaged_newest_checkpoint_is_passed_over(fit: Fit, tmp_path: Path, ca
         ArtifactError, match=r"epoch-0003.pt is not a readable checkpoint \(1,000 bytes.*delete it, or name"
     ):
         fit(checkpoint=tmp_path, epochs=3, resume_from=3)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory\nand more"), TypeError("no argument 'warmth'")]
+)
+def test_a_whole_checkpoint_that_cannot_be_loaded_is_left_alone(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fit(checkpoint=tmp_path, epochs=3)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("epoch-*.pt")}
+
+    def load(*_: object, map_location: str, **__: object) -> None:
+        assert map_location == "cpu"  # a GPU may be too small for the weights, the moments and the best weights twice
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(
+        ArtifactError, match=rf"epoch-0003.pt is whole, but could not be loaded \({type(error).__name__}: "
+    ) as told:
+        fit(checkpoint=tmp_path, epochs=3)
+    assert "\n" not in str(told.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("epoch-*.pt")} == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_alone(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(checkpoint=tmp_path, epochs=2)
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == "epoch-0002.pt":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(ArtifactError, match=r"epoch-0002.pt could not be read \(Permission denied\): make it readable"):
+        fit(checkpoint=tmp_path, epochs=2)
+    assert CheckpointFolder(tmp_path).epochs() == [1, 2]
 
 
 def test_past_a_damaged_checkpoint_new_ones_are_kept(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +316,7 @@ def test_the_newest_and_the_best_are_kept(fit: Fit, tmp_path: Path, monkeypatch:
     trainer = fit(checkpoint=tmp_path, epochs=5, patience=5, keep_checkpoints=2)
     assert trainer.history.best_epoch == 2
     assert CheckpointFolder(tmp_path).epochs() == [2, 4, 5]
-    best = CheckpointFolder(tmp_path).load(2, torch.device("cpu"))
+    best = CheckpointFolder(tmp_path).load(2)
     assert all(torch.equal(best.model[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
@@ -310,6 +350,41 @@ def test_a_loss_that_is_no_number_is_found_though_steps_are_not_waited_for(
     assert not (tmp_path / "kept").exists()
 
 
+def test_what_is_said_of_a_divergence_names_what_is_in_use(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**options: Any) -> str:
+        with pytest.raises(TrainingDivergedError) as caught:
+            fit(**options)
+        return str(caught.value).split("; lower ")[1]
+
+    rate, weight = "train.adapter_learning_rate (now 0.001)", "train.weight (now 0.01)"
+    temperature = "raise train.temperature (now 0.03)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", lambda self, part: {"auc": 0.5, "log_loss": float("nan")})
+        rates = f"train.learning_rate (now 0.0005) or {rate}"
+        assert told() == f"{rates} or {weight}, or {temperature}"
+        assert told(weight=0.0, profile=True) == rates
+        assert told(encoded=()) == "train.learning_rate (now 0.0005)"
+    monkeypatch.setattr(Trainer, "_contrast", lambda self, *_: {"loss": torch.tensor(float("nan"))})
+    assert told(schedule="pretrain") == f"{rate}, or {temperature}"
+
+
+def test_what_an_adapter_draws_in_the_warm_up_is_seeded(fit: Fit, context: Contexts) -> None:
+    def warmed(draws: int) -> dict[str, torch.Tensor]:
+        ctx = context("train", schedule="pretrain", warmup_steps=2, epochs=1)
+        data, encodings, samplers = stage.load_inputs(ctx.settings, ctx.input)
+        vectors = {side: encoding.vectors for side, encoding in encodings.items()}
+        model = stage.build_model(data, vectors, ctx.settings.train, 7)
+        torch.manual_seed(1)
+        model.adapters["item"] = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Dropout(0.5))
+        torch.manual_seed(draws)
+        Trainer(model, data, vectors, samplers, ctx.settings.train, seed=7).fit()
+        assert torch.initial_seed() == draws  # the process's own draws are left alone
+        return model.state_dict()
+
+    one, other = warmed(2), warmed(3)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_bfloat16_trains_float32_weights_to_about_the_same(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     real = torch.nn.functional.linear
@@ -328,10 +403,14 @@ def test_bfloat16_trains_float32_weights_to_about_the_same(fit: Fit, monkeypatch
 @pytest.mark.parametrize("backbone", ["deepfm", "din"])
 def test_compiled_steps_lose_as_much(fit: Fit, backbone: str) -> None:
     torch.compiler.reset()
+    counters.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with more, Inductor of PyTorch 2.13 fails at the scatter-add of DeepFM's ids on a CPU
     try:
-        plain, compiled = (fit(dropout=0.0, backbone=backbone, compile=flag) for flag in (False, True))
+        plain = fit(dropout=0.0, backbone=backbone)
+        assert not counters["stats"]["unique_graphs"]
+        compiled = fit(dropout=0.0, backbone=backbone, compile=True)
+        assert counters["stats"]["unique_graphs"]
     finally:
         torch.set_num_threads(threads)
     for row, wanted in zip(compiled.history.steps, plain.history.steps, strict=True):
