@@ -1,0 +1,164 @@
+"""Write the tables of docs/evaluation.md anew from benchmarks/data/evaluation_ml1m.csv.
+
+python benchmarks/tabulate_evaluation.py
+
+A table stands between `<!-- table NAME ARGUMENTS -->` and `<!-- end -->`; NAME is one of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "benchmarks" / "data" / "evaluation_ml1m.csv"
+PAGE = ROOT / "docs" / "evaluation.md"
+BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+ID = "id-30"
+SLICES = ("items 1-9", "items 10-99", "items 100-999", "items 1000+")
+RECALLS = ("recall@20", "recall@20 normalized")
+
+
+class Rows:
+    """Results by what they are of."""
+
+    def __init__(self, rows: Iterable[ResultRow]) -> None:
+        self.rows = list(rows)
+
+    def arms(self, suite: str, backbone: str) -> dict[str, str]:
+        """Key -> label of the arms, in order."""
+        return {row.arm: row.label for row in self.rows if (row.suite, row.backbone) == (suite, backbone)}
+
+    def find(
+        self, suite: str, backbone: str, arm: str, metric: str = "auc", slice_: str = ALL, reference: str | None = None
+    ) -> ResultRow | None:
+        """One row; None where nothing was measured. Without a reference, the first of the arm."""
+        key = (suite, backbone, arm, metric, slice_)
+        return next(
+            (
+                row
+                for row in self.rows
+                if (row.suite, row.backbone, row.arm, row.metric, row.slice) == key
+                and (reference is None or row.reference == reference)
+            ),
+            None,
+        )
+
+
+def value(row: ResultRow | None) -> str:
+    """`0.7412`."""
+    return "–" if row is None or row.value is None else f"{row.value:.4f}"
+
+
+def spanned(row: ResultRow | None) -> str:
+    """`0.445 [0.429, 0.460]`."""
+    if row is None or row.value is None:
+        return "–"
+    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+
+def difference(row: ResultRow | None) -> str:
+    """`+0.0076 [+0.0050, +0.0101] *`, starred where Holm's p is below 0.05."""
+    if row is None or row.delta is None:
+        return "–"
+    star = " *" if row.p_holm is not None and row.p_holm < 0.05 else ""
+    return f"{row.delta:+.4f} [{row.delta_low:+.4f}, {row.delta_high:+.4f}]{star}"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A pipe table whose first columns are texts and the rest numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *escaped)) + "\n"
+
+
+def ladder(rows: Rows, suite: str, backbone: str) -> str:
+    """Arms of one suite and backbone: metrics, and what AUC they gain over ID."""
+    lines = []
+    for arm, label in rows.arms(suite, backbone).items():
+        metrics = [value(rows.find(suite, backbone, arm, metric)) for metric in ("auc", "log_loss", "gauc", "ece")]
+        lines.append([label, *metrics, difference(rows.find(suite, backbone, arm, reference=ID))])
+    return table(["arm", "AUC", "LogLoss", "GAUC", "ECE", "ΔAUC"], lines)
+
+
+def cold(rows: Rows, suite: str, backbone: str) -> str:
+    """Arms on all, warm and cold items."""
+    lines = []
+    for arm, label in rows.arms(suite, backbone).items():
+        deltas = [difference(rows.find(suite, backbone, arm, "auc", part, ID)) for part in (ALL, WARM, COLD)]
+        values = [value(rows.find(suite, backbone, arm, "auc", part)) for part in (ALL, COLD)]
+        lines.append([label, values[0], *deltas[:2], values[1], deltas[2]])
+    return table(["arm", "AUC", "Δ all", "Δ warm", "cold AUC", "Δ cold"], lines)
+
+
+def slices(rows: Rows, suite: str, backbone: str, *arms: str) -> str:
+    """What arms gain over ID by how often an item stands in train rows."""
+    labels = rows.arms(suite, backbone)
+    known = [part for part in (COLD, *SLICES) if rows.find(suite, backbone, ID, "auc", part)]
+    lines = [
+        [labels[arm], *(difference(rows.find(suite, backbone, arm, "auc", part, ID)) for part in known)] for arm in arms
+    ]
+    return table(["arm", *known], lines)
+
+
+def forms(rows: Rows, backbone: str) -> str:
+    """Forms of the contrastive term, each against the same model without it."""
+    lines = []
+    for arm, label in rows.arms("contrastive", backbone).items():
+        found = rows.find("contrastive", backbone, arm)
+        reference = found.reference if found else ""
+        parts = [
+            difference(rows.find("contrastive", backbone, arm, "auc", part, reference))
+            for part in (ALL, WARM, COLD, SLICES[-1])
+        ]
+        recalls = [
+            f"{value(row)} {difference(row)}".removesuffix(" –")
+            for row in (rows.find("contrastive", backbone, arm, metric, COLD, reference) for metric in RECALLS)
+        ]
+        against = {"none": "none", "none-profile": "profile, none"}.get(reference, "–")
+        lines.append([label, against, *parts, *recalls])
+    head = ["form", "against", "ΔAUC", "Δ warm", "Δ cold", f"Δ {SLICES[-1]}", "recall@20", "normalised"]
+    return table(head, lines, texts=2)
+
+
+def retrieval(rows: Rows) -> str:
+    """Scorers of neighbours."""
+    lines = []
+    for arm, label in rows.arms("retrieval", "").items():
+        raw, tamed = (rows.find("retrieval", "", arm, metric, COLD) for metric in RECALLS)
+        gains = [value(rows.find("retrieval", "", arm, metric, COLD)) for metric in ("ndcg@20", "ndcg@20 normalized")]
+        lines.append([label, spanned(raw), gains[0], spanned(tamed), gains[1]])
+    return table(["scorer", "recall@20", "NDCG@20", "normalised recall@20", "NDCG@20"], lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "ladder": ladder,
+    "cold": cold,
+    "slices": slices,
+    "forms": forms,
+    "retrieval": retrieval,
+}
+
+
+def written(page: str, rows: Rows) -> str:
+    """The page with its tables made from the rows."""
+
+    def one(match: re.Match[str]) -> str:
+        head, name, arguments, end = match.groups()
+        return f"{head}{TABLES[name](rows, *arguments.split())}{end}"
+
+    return BLOCK.sub(one, page)
+
+
+def main() -> None:
+    """Rewrite the page in place."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), Rows(read_results(ROWS))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
