@@ -125,10 +125,13 @@ def forms(rows: Rows, backbone: str) -> str:
     return table(head, lines, texts=2)
 
 
-def retrieval(rows: Rows) -> str:
-    """Scorers of neighbours."""
+def retrieval(rows: Rows, *texts: str) -> str:
+    """Scorers of neighbours: popularity, controls, the best of each text, and all scorers of some texts."""
     lines = []
     for arm, label in rows.arms("retrieval", "").items():
+        text, _, scorer = arm.partition(" ")
+        if scorer and text not in texts and label.partition(":")[0] != "control":
+            continue
         raw, tamed = (rows.find("retrieval", "", arm, metric, COLD) for metric in RECALLS)
         gains = [value(rows.find("retrieval", "", arm, metric, COLD)) for metric in ("ndcg@20", "ndcg@20 normalized")]
         lines.append([label, spanned(raw), gains[0], spanned(tamed), gains[1]])
