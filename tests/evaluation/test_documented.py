@@ -13,5 +13,5 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_tables_of_the_page_are_made_from_the_rows() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "tabulate_evaluation.py"))
     page = script["PAGE"].read_text(encoding="utf-8")
-    assert {match[2] for match in script["BLOCK"].finditer(page)} == set(script["TABLES"])
+    assert {match[2] for match in script["BLOCK"].finditer(page)} >= {"cold", "forms", "retrieval"}
     assert script["written"](page, script["Rows"](read_results(script["ROWS"]))) == page
