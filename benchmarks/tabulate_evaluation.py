@@ -17,7 +17,7 @@ from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, read_r
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "data" / "evaluation_ml1m.csv"
 PAGE = ROOT / "docs" / "evaluation.md"
-BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w+-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
 ID = "id-30"
 SLICES = ("items 1-9", "items 10-99", "items 100-999", "items 1000+")
 RECALLS = ("recall@20", "recall@20 normalized")
