@@ -48,7 +48,7 @@ class Arm:
         """What the arm is given and how it is trained, in a line."""
         if self.baseline:
             return "a closed form of counts in train rows; no ids"
-        seen = "ids, genres, attributes and " + (
+        seen = "ids, genres, year, attributes and " + (
             f"the last {self.seen_history} events" if self.seen_history else "history"
         )
         if self.text is None:
