@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from kellm_features.evaluation.grid import NOTHING, number
 from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,22 +52,22 @@ class Rows:
 
 def value(row: ResultRow | None) -> str:
     """`0.7412`."""
-    return "–" if row is None or row.value is None else f"{row.value:.4f}"
+    return NOTHING if row is None or row.value is None else number(row.value, "metric")
 
 
 def spanned(row: ResultRow | None) -> str:
     """`0.445 [0.429, 0.460]`."""
     if row is None or row.value is None:
-        return "–"
+        return NOTHING
     return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
 def difference(row: ResultRow | None) -> str:
     """`+0.0076 [+0.0050, +0.0101] *`, starred where Holm's p is below 0.05."""
-    if row is None or row.delta is None:
-        return "–"
-    star = " *" if row.p_holm is not None and row.p_holm < 0.05 else ""
-    return f"{row.delta:+.4f} [{row.delta_low:+.4f}, {row.delta_high:+.4f}]{star}"
+    if row is None or row.delta is None or row.delta_low is None or row.delta_high is None:
+        return NOTHING
+    delta, low, high = (number(figure, "delta") for figure in (row.delta, row.delta_low, row.delta_high))
+    return f"{delta} [{low}, {high}]{' *' if row.p_holm is not None and row.p_holm < 0.05 else ''}"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
@@ -116,10 +117,10 @@ def forms(rows: Rows, backbone: str) -> str:
             for part in (ALL, WARM, COLD, SLICES[-1])
         ]
         recalls = [
-            f"{value(row)} {difference(row)}".removesuffix(" –")
+            f"{value(row)} {difference(row)}".removesuffix(f" {NOTHING}")
             for row in (rows.find("contrastive", backbone, arm, metric, COLD, reference) for metric in RECALLS)
         ]
-        against = {"none": "none", "none-profile": "profile, none"}.get(reference, "–")
+        against = {"none": "none", "none-profile": "profile, none"}.get(reference, NOTHING)
         lines.append([label, against, *parts, *recalls])
     head = ["form", "against", "ΔAUC", "Δ warm", "Δ cold", f"Δ {SLICES[-1]}", "recall@20", "normalised"]
     return table(head, lines, texts=2)

@@ -18,25 +18,20 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, model_validator
 
 from kellm_features.errors import ConfigError
-from kellm_features.sections import (
+from kellm_features.sections.base import Section
+from kellm_features.sections.data import (
     ColumnMap,
     DataSettings,
-    EncodeSettings,
-    EvaluateSettings,
-    GenerateSettings,
     HistorySettings,
     LinkSettings,
     RunSettings,
-    Section,
-    ServerSettings,
     SparkSettings,
-    StoreSettings,
     SwingSettings,
-    TrainSettings,
-    VerifySettings,
-    VllmSettings,
     WikiSettings,
 )
+from kellm_features.sections.knowledge import EncodeSettings, GenerateSettings, ServerSettings, VllmSettings
+from kellm_features.sections.serving import StoreSettings, VerifySettings
+from kellm_features.sections.training import EvaluateSettings, TrainSettings
 
 __all__ = [
     "ColumnMap",

@@ -63,7 +63,7 @@ class Arm:
 CONTRASTIVE = changes(
     sides="item", schedule="pretrain", warmup_steps=600, reduction="mean", weight=0.01, positives="normalized"
 )
-"""The default form of the contrastive term: of those that teach neighbours, the best on validation."""
+"""The default form of the contrastive term, of items: what the table of forms speaks for (docs/evaluation.md)."""
 
 PRINTED = changes(sides="both", schedule="joint", reduction="mean", weight=1.024, positives="raw", top_k=1)
 """KELLMRec's: the first neighbour; a sum over its batches of 256 at w = 0.004, which is 1.024 times a mean whatever the

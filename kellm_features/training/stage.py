@@ -36,7 +36,8 @@ from kellm_features.training.neighbors import neighbor_recall
 from kellm_features.training.pairs import PositiveSampler, read_pairs
 from kellm_features.training.ranks import Ranks
 from kellm_features.training.schedule import chosen_sides, shown_sides
-from kellm_features.training.trainer import Trainer, score
+from kellm_features.training.scores import score
+from kellm_features.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

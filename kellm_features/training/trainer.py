@@ -34,7 +34,7 @@ from kellm_features.training.scores import score
 from kellm_features.training.sides import SideBuilder, past_bags
 from kellm_features.training.state import CheckpointFolder, History, TrainingState
 
-__all__ = ["History", "Trainer", "TrainingDivergedError", "score"]
+__all__ = ["History", "Trainer", "TrainingDivergedError"]
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from kellm_features.stages import StageContext
 from kellm_features.training import export, stage
 from kellm_features.training.backbones import build_backbone
 from kellm_features.training.knowledge import PAST, Affinity, KnowledgeAugmented
-from kellm_features.training.trainer import score
+from kellm_features.training.scores import score
 
 from .conftest import _manifest, docs_block
 

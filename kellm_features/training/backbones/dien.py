@@ -82,13 +82,9 @@ class DIEN(SequenceRanker):
     (attention to the target v); the last state of `AttentionalGru` over `h_t` with `a_t` is the interest. What events
     and v are is told by `SequenceInput`, and the rest of the model by `SequenceRanker`.
 
-    Args:
-        fields: field name -> table it looks up: `item`, `genres`, and others.
-        tables: table name -> rows; `flag` among them.
-        field_dim: k, width of a row.
+    Args, beside those of `SequenceRanker`:
         evolution: `augru` (the paper's best), `agru` or `aigru` (KAR's).
         auxiliary_weight: of `auxiliary` in the loss; 0 leaves it out, as KAR does.
-        head: of the DNN.
     """
 
     def __init__(

@@ -56,11 +56,7 @@ class DIN(SequenceRanker):
     `SequenceInput`, and the rest of the model by `SequenceRanker`. Beside the item's bias one thing differs from the
     paper: there is no mini-batch aware regularisation, since tables of thousands of rows need none.
 
-    Args:
-        fields: field name -> table it looks up: `item`, `genres`, and others.
-        tables: table name -> rows; `flag` among them.
-        field_dim: k, width of a row.
-        head: of the DNN.
+    Built as `SequenceRanker` is.
     """
 
     def __init__(

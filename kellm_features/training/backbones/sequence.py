@@ -81,13 +81,13 @@ class SequenceInput(nn.Module):
         distinct = functional.linear(items, of_items)[:, None] + functional.linear(
             flag_rows, of_flags, self.project.bias
         )
-        user = [self.tables.mean(table, features.fields[field]) for field, table in self.other_fields.items()]
+        others = [self.tables.mean(table, features.fields[field]) for field, table in self.other_fields.items()]
         return Sequence(
             target=functional.embedding(features.target, items),
             distinct=distinct.flatten(0, 1),
             events=features.history * self.flags + features.flags,
             mask=features.flags > 0,
-            context=torch.cat(user, dim=1) if user else items.new_zeros(len(features.target), 0),
+            context=torch.cat(others, dim=1) if others else items.new_zeros(len(features.target), 0),
         )
 
 
