@@ -86,7 +86,7 @@ def _check_swing(swing: SwingSettings) -> None:
         value = getattr(swing, name)
         if name not in ("preset", "top_k", "mode") and value != getattr(plain, name):
             raise ConfigError(
-                f"swing.{name} = {value!r} has no effect on  kellm evaluate, which takes swing.preset and swing.top_k: "
+                f"swing.{name} = {value!r} has no effect on kellm evaluate, which takes swing.preset and swing.top_k: "
                 "leave it out"
             )
 
