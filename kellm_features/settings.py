@@ -245,6 +245,7 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # of several sections: the value seen would be all of the settings
         return f"{message}{more}"
-    if key.startswith("generate.server"):  # whoever puts a key there is not to find it in a log as well
+    of_section = first["type"] == "value_error" and isinstance(first["input"], dict)  # its message names the values
+    if of_section or key.startswith("generate.server"):  # whoever puts a key there is not to find it in a log as well
         return f"'{key}': {message[0].lower()}{message[1:]}{more}"
     return f"'{key}' is {first['input']!r}: {message[0].lower()}{message[1:]}{more}"

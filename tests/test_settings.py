@@ -24,7 +24,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("train.dim=0", "'train.dim' is 0: input should be greater than 0"),
         ("train.dim=wide", "'train.dim' is 'wide'"),
         ("data.split=random", "'data.split' is 'random'"),
-        ("data.valid_fraction=0.3", "must stay below 1"),
+        ("data.valid_fraction=0.3", "'data': train_fraction + valid_fraction = 1.1; it must stay below 1"),
         ("spark.driver_memory=lots", "'spark.driver_memory' is 'lots'"),
         ("dim=3", "expected section.key=value"),
         ("train.dim", "expected section.key=value"),
