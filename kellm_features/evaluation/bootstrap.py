@@ -90,6 +90,19 @@ def paired(arm: Estimate, reference: Estimate, level: float = 0.95) -> Differenc
     return Difference(arm.value - reference.value, low, high, p)
 
 
+def figures_of(arm: Estimate, reference: Estimate | None = None) -> dict[str, float | None]:
+    """`value`, `low` and `high` of an arm; with a reference also `delta`, `delta_low`, `delta_high` and `p`.
+
+    None where a figure is not defined. Raises as `paired` does.
+    """
+    low, high = arm.interval()
+    figures = {"value": arm.value, "low": low, "high": high}
+    if reference is not None:
+        found = paired(arm, reference)
+        figures |= {"delta": found.delta, "delta_low": found.low, "delta_high": found.high, "p": found.p}
+    return {name: None if np.isnan(figure) else float(figure) for name, figure in figures.items()}
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment, in the order given: compare with the level that all claims share.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from kellm_features.evaluation.arms import all_texts, single_texts
-from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, paired
+from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, figures_of
 from kellm_features.evaluation.cold import (
     LAMBDAS,
     LOG_WEIGHTS,
@@ -268,13 +268,6 @@ def _row(
     folds: int,
     items: npt.NDArray[np.int64],
 ) -> ResultRow:
-    estimate = estimates[one.key]
-    low, high = estimate.interval()
-    told: dict[str, Any] = {"value": estimate.value, "low": low, "high": high}
-    if reference:
-        difference = paired(estimate, estimates[reference])
-        told |= {"delta": difference.delta, "delta_low": difference.low, "delta_high": difference.high}
-        told |= {"p": difference.p}
     return ResultRow.model_validate(
         {
             "suite": suite,
@@ -290,7 +283,7 @@ def _row(
             "cluster": "item",
             "folds": folds,
             "seeds": 1,
-            **{name: None if np.isnan(value) else float(value) for name, value in told.items()},
+            **figures_of(estimates[one.key], estimates[reference] if reference else None),
         }
     )
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kellm_features.errors import ArtifactError
 from kellm_features.evaluation.arms import REFERENCE, Arm
-from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, holm, paired
+from kellm_features.evaluation.bootstrap import ClusterBootstrap, Estimate, figures_of, holm
 from kellm_features.evaluation.experiment import Outcome
 from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, Suite
 from kellm_features.evaluation.retrieval import POPULARITY
@@ -27,8 +27,6 @@ GROUNDS = (REFERENCE, POPULARITY, "none")
 """What whole ladders stand on: of clicks, of retrieval, and of the contrastive forms."""
 CALIBRATED_SLICES = (ALL, WARM, COLD)
 """Slices of which LogLoss, GAUC and ECE are told; AUC is told of all."""
-
-
 BY_ITEM = (COLD, "items 0", "items 1-9")
 """Slices of few items with many users each: what they vary by is the item."""
 
@@ -148,19 +146,8 @@ def _metrics(
 
 
 def _row(estimates: Mapping[str, Estimate], reference: str, **facts: Any) -> ResultRow:
-    estimate = estimates[facts["arm"]]
-    low, high = estimate.interval()
-    told = {"value": estimate.value, "low": low, "high": high}
-    if reference:
-        difference = paired(estimate, estimates[reference])
-        told |= {
-            "delta": difference.delta,
-            "delta_low": difference.low,
-            "delta_high": difference.high,
-            "p": difference.p,
-        }
-    numbers = {name: None if np.isnan(value) else float(value) for name, value in told.items()}
-    return ResultRow.model_validate({"reference": reference, **numbers, **facts})
+    figures = figures_of(estimates[facts["arm"]], estimates[reference] if reference else None)
+    return ResultRow.model_validate({"reference": reference, **figures, **facts})
 
 
 def _gather(
