@@ -78,12 +78,13 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -
 
 
 def ladder(rows: Rows, suite: str, backbone: str) -> str:
-    """Arms of one suite and backbone: metrics, and what AUC they gain over ID."""
+    """Arms of one suite and backbone: metrics, and what AUC they gain over ID, over all and within users."""
     lines = []
     for arm, label in rows.arms(suite, backbone).items():
         metrics = [value(rows.find(suite, backbone, arm, metric)) for metric in ("auc", "log_loss", "gauc", "ece")]
-        lines.append([label, *metrics, difference(rows.find(suite, backbone, arm, reference=ID))])
-    return table(["arm", "AUC", "LogLoss", "GAUC", "ECE", "ΔAUC"], lines)
+        gains = [difference(rows.find(suite, backbone, arm, metric, reference=ID)) for metric in ("auc", "gauc")]
+        lines.append([label, *metrics, *gains])
+    return table(["arm", "AUC", "LogLoss", "GAUC", "ECE", "ΔAUC", "ΔGAUC"], lines)
 
 
 def cold(rows: Rows, suite: str, backbone: str) -> str:
