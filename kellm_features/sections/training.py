@@ -154,7 +154,7 @@ class EvaluateSettings(Section):
         int, Field(ge=1, le=4, description="learning rates that each arm may try on the last fold's validation part")
     ] = 2
     epochs: Annotated[int, Field(gt=0, description="at most; few enough to end, enough that patience does it")] = 20
-    patience: Annotated[int, Field(ge=1, description="epochs without a better validation AUC before stopping")] = 3
+    patience: Annotated[int, Field(ge=1, description="epochs without a better validation AUC before stopping")] = 5
     batch_size: PositiveInt = 4096
     hidden: Annotated[int, Field(gt=0, description="width of the adapters, for vectors side by side")] = 64
     samples: Annotated[
