@@ -75,7 +75,7 @@ def train_settings(world: World, cell: Cell) -> TrainSettings:
     changes: dict[str, Any] = {
         "backbone": cell.backbone,
         "epochs": evaluate.epochs,
-        "patience": evaluate.patience,
+        "patience": evaluate.patience or evaluate.epochs,
         "batch_size": evaluate.batch_size,
         "hidden": evaluate.hidden,
         "learning_rate": cell.learning_rate,

@@ -90,6 +90,7 @@ def _facts(
     table = read_table(world.run_dir / "ingest" / "interactions.parquet", INTERACTIONS)
     items, users = (len(table.column(name).unique()) for name in ("item_id", "user_id"))
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES[: evaluate.trials])
+    stop = f"ended after {evaluate.patience} without a better one, " if evaluate.patience else ""
     wanted = {arm.key for study in planned for arm in study.arms} | set(told)
     arms = (*BASELINES, *ladder(world.item_vectors), *forms(world.item_vectors))
     models = {outcome.folder: outcome for outcome in outcomes if not outcome.cell.arm.baseline}  # some arms share one
@@ -101,9 +102,9 @@ def _facts(
         ),
         arms=tuple(ArmFacts(key=arm.key, label=arm.label, description=arm.told()) for arm in arms if arm.key in wanted),
         budget=(
-            f"each arm: learning rates {rates} on the last fold's validation part, {evaluate.epochs} epochs at most, "
-            f"stopped after {evaluate.patience} without a better validation AUC; on split A the test takes the place "
-            "of the validation part, as in KAR's code"
+            f"each arm: learning rates {rates} on the last fold's validation part, {evaluate.epochs} epochs, {stop}of "
+            "which the best by validation AUC is taken; on split A the test takes the place of the validation part, as "
+            "in KAR's code"
         ),
         version=f"{__version__}, torch {torch.__version__}",
         machine=f"{platform.machine()}, {psutil.cpu_count()} cores",

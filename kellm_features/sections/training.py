@@ -153,8 +153,15 @@ class EvaluateSettings(Section):
     trials: Annotated[
         int, Field(ge=1, le=4, description="learning rates that each arm may try on the last fold's validation part")
     ] = 2
-    epochs: Annotated[int, Field(gt=0, description="at most; few enough to end, enough that patience does it")] = 20
-    patience: Annotated[int, Field(ge=1, description="epochs without a better validation AUC before stopping")] = 5
+    epochs: Annotated[int, Field(gt=0, description="of each training; the best by validation AUC is taken")] = 12
+    patience: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="epochs without a better validation AUC before stopping; None: none stops early, and no dip "
+            "of a curve decides between arms",
+        ),
+    ] = None
     batch_size: PositiveInt = 4096
     hidden: Annotated[int, Field(gt=0, description="width of the adapters, for vectors side by side")] = 64
     samples: Annotated[
