@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from kellm_features.errors import ArtifactError
 from kellm_features.evaluation.arms import ID_5, ID_30, ITEM_MEAN, Arm, ladder
 from kellm_features.evaluation.bootstrap import ClusterBootstrap
-from kellm_features.evaluation.experiment import PREDICTIONS, Cell, Outcome, cell_folder
+from kellm_features.evaluation.experiment import PREDICTIONS, Cell, Outcome, cell_folder, train_settings
 from kellm_features.evaluation.protocol import Fold
 from kellm_features.evaluation.results import ResultRow
 from kellm_features.evaluation.score import score_study, with_holm
@@ -200,6 +200,15 @@ def test_a_folder_is_named_by_all_that_shapes_a_training(world: World) -> None:
         cell_folder(changed(train={"device": "cpu"}), cell),
     ]
     assert set(same) == {known}
+
+
+@pytest.mark.parametrize(("patience", "trained_with"), [(None, 9), (2, 2)])
+def test_no_training_stops_early_unless_asked_to(world: World, patience: int | None, trained_with: int) -> None:
+    tree = world.settings.model_dump()
+    tree["evaluate"] |= {"epochs": 9, "patience": patience}
+    asked = replace(world, settings=Settings.model_validate(tree))
+    settings = train_settings(asked, Cell("B0", "deepfm", ID_30, 0, 1e-3))
+    assert (settings.epochs, settings.patience) == (9, trained_with)
 
 
 def test_labels_decide_no_split_and_name_the_content(world: World) -> None:
