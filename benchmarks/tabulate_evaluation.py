@@ -1,8 +1,9 @@
-"""Write the tables of docs/evaluation.md anew from benchmarks/data/evaluation_ml1m.csv.
+"""Write the tables of docs/evaluation.md anew from the rows under benchmarks/data.
 
 python benchmarks/tabulate_evaluation.py
 
-A table stands between `<!-- table NAME ARGUMENTS -->` and `<!-- end -->`; NAME is one of `TABLES`.
+A table stands between `<!-- table NAME ARGUMENTS from FILE -->` and `<!-- end -->`: NAME is one of `TABLES`, FILE a CSV
+of benchmarks/data without its ending.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from kellm_features.evaluation.grid import NOTHING, number
 from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = ROOT / "benchmarks" / "data" / "evaluation_ml1m.csv"
+DATA = ROOT / "benchmarks" / "data"
 PAGE = ROOT / "docs" / "evaluation.md"
-BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w+-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w+-]+)*) from (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ID = "id-30"
 SLICES = ("items 1-9", "items 10-99", "items 100-999", "items 1000+")
 RECALLS = ("recall@20", "recall@20 normalized")
@@ -88,13 +90,16 @@ def ladder(rows: Rows, suite: str, backbone: str) -> str:
 
 
 def cold(rows: Rows, suite: str, backbone: str) -> str:
-    """Arms on all, warm and cold items."""
+    """Arms on all, within users, on warm and on cold items."""
     lines = []
     for arm, label in rows.arms(suite, backbone).items():
-        deltas = [difference(rows.find(suite, backbone, arm, "auc", part, ID)) for part in (ALL, WARM, COLD)]
+        deltas = [
+            difference(rows.find(suite, backbone, arm, metric, part, ID))
+            for metric, part in (("auc", ALL), ("gauc", ALL), ("auc", WARM), ("auc", COLD))
+        ]
         values = [value(rows.find(suite, backbone, arm, "auc", part)) for part in (ALL, COLD)]
-        lines.append([label, values[0], *deltas[:2], values[1], deltas[2]])
-    return table(["arm", "AUC", "Δ all", "Δ warm", "cold AUC", "Δ cold"], lines)
+        lines.append([label, values[0], *deltas[:3], values[1], deltas[3]])
+    return table(["arm", "AUC", "Δ all", "ΔGAUC", "Δ warm", "cold AUC", "Δ cold"], lines)
 
 
 def slices(rows: Rows, suite: str, backbone: str, *arms: str) -> str:
@@ -149,12 +154,13 @@ TABLES: dict[str, Callable[..., str]] = {
 }
 
 
-def written(page: str, rows: Rows) -> str:
+def written(page: str) -> str:
     """The page with its tables made from the rows."""
+    rows = cache(lambda file: Rows(read_results(DATA / f"{file}.csv")))
 
     def one(match: re.Match[str]) -> str:
-        head, name, arguments, end = match.groups()
-        return f"{head}{TABLES[name](rows, *arguments.split())}{end}"
+        head, name, arguments, file, end = match.groups()
+        return f"{head}{TABLES[name](rows(file), *arguments.split())}{end}"
 
     return BLOCK.sub(one, page)
 
@@ -162,7 +168,7 @@ def written(page: str, rows: Rows) -> str:
 def main() -> None:
     """Rewrite the page in place."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), Rows(read_results(ROWS))), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
