@@ -119,8 +119,8 @@ def forms(rows: Rows, backbone: str) -> str:
         found = rows.find("contrastive", backbone, arm)
         reference = found.reference if found else ""
         parts = [
-            difference(rows.find("contrastive", backbone, arm, "auc", part, reference))
-            for part in (ALL, WARM, COLD, SLICES[-1])
+            difference(rows.find("contrastive", backbone, arm, metric, part, reference))
+            for metric, part in (("auc", ALL), ("gauc", ALL), ("auc", COLD), ("auc", SLICES[-1]))
         ]
         recalls = [
             f"{value(row)} {difference(row)}".removesuffix(f" {NOTHING}")
@@ -128,7 +128,7 @@ def forms(rows: Rows, backbone: str) -> str:
         ]
         against = {"none": "none", "none-profile": "profile, none"}.get(reference, NOTHING)
         lines.append([label, against, *parts, *recalls])
-    head = ["form", "against", "ΔAUC", "Δ warm", "Δ cold", f"Δ {SLICES[-1]}", "recall@20", "normalised"]
+    head = ["form", "against", "ΔAUC", "ΔGAUC", "Δ cold", f"Δ {SLICES[-1]}", "recall@20", "normalised"]
     return table(head, lines, texts=2)
 
 
