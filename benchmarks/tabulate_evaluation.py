@@ -156,11 +156,11 @@ TABLES: dict[str, Callable[..., str]] = {
 
 def written(page: str) -> str:
     """The page with its tables made from the rows."""
-    rows = cache(lambda file: Rows(read_results(DATA / f"{file}.csv")))
+    rows_of = cache(lambda file: Rows(read_results(DATA / f"{file}.csv")))
 
     def one(match: re.Match[str]) -> str:
         head, name, arguments, file, end = match.groups()
-        return f"{head}{TABLES[name](rows(file), *arguments.split())}{end}"
+        return f"{head}{TABLES[name](rows_of(file), *arguments.split())}{end}"
 
     return BLOCK.sub(one, page)
 
