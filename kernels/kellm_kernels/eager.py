@@ -37,6 +37,11 @@ def empty_rows(vectors: Vectors, *, symmetric: bool, keep: bool, hidden: int = 0
     return _rows(own, own.new_empty(2 if symmetric else 1, count), own.new_empty(()))
 
 
+def empty_half(z: Tensor, count: int, *, wanted: bool) -> Tensor:
+    """None: nothing here is computed in float16."""
+    return z.new_empty(0, dtype=torch.float16)
+
+
 def contrast_backward(
     grad: Tensor, vectors: Vectors, problem: Contrast, rows: Rows, *, want_temperature: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -52,8 +57,10 @@ def contrast_backward(
         )
 
 
-def adapt(towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Embeddings of each tower; lengths before normalisation (ΣR,) and, if kept, the hidden layer (ΣR, H)."""
+def adapt(
+    towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool, halve: bool = False
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Embeddings of each tower; lengths before normalisation (ΣR,); if kept, the hidden layer (ΣR, H); nothing (0,)."""
     rows = sum(len(x) for x in towers)
     with torch.autocast(towers[0].device.type, enabled=False):
         hidden = towers[0].new_empty((rows if keep else 0, len(weights.w1)), dtype=weights.dtype)
@@ -64,7 +71,7 @@ def adapt(towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool) -> t
             z, norm[mine] = reference.adapter_forward(x, weights, hidden[mine] if keep else None)
             embeddings.append(z)
             start = mine.stop
-        return embeddings, norm, hidden
+        return embeddings, norm, hidden, empty_half(hidden, rows, wanted=halve)
 
 
 def adapt_backward(
@@ -83,6 +90,7 @@ def adapt_contrast_backward(
     vectors: Vectors,
     norm: Tensor,
     hidden: Tensor,
+    half: Tensor,
     weights: AdapterWeights,
     problem: Contrast,
     rows: Rows,
@@ -136,4 +144,5 @@ def _towers_backward(
 
 
 def _rows(own: Tensor, log_rest: Tensor, inverse_weight: Tensor) -> Rows:
-    return Rows(own, log_rest, own.new_empty(0), inverse_weight, own.new_empty(0), own.new_empty(0))
+    pull, log_factor, largest, means, parts = (own.new_empty(0) for _ in range(5))
+    return Rows(own, log_rest, pull, log_factor, largest, inverse_weight, means, parts)

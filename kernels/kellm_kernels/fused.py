@@ -8,7 +8,7 @@ gradient, and one sum for a temperature that does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,22 @@ _FINISH_BLOCK = 1024
 _ADD_BLOCK = 1024
 _ASSEMBLE_ELEMENTS = 8192  # of a tile, over 8 warps: 32 registers a thread
 _WARPS = 8
+MIN_BOUNDED = 0.0145
+"""The least temperature at which e_ij of unit vectors are taken without their maximum: logits are within ±100 there."""
+
+
+_Record = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+_records: list[_Record] = []
+
+
+@contextlib.contextmanager
+def watched(record: _Record) -> Iterator[None]:
+    """Within, every launch is told of: kernel, grid, arguments, options."""
+    _records.append(record)
+    try:
+        yield
+    finally:
+        _records.remove(record)
 
 
 def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0) -> tuple[Tensor, Rows]:
@@ -48,13 +64,15 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
             (blocks_of(count, plan.rows.m), plan.row_parts * blocks_of(dim, plan.block_e), problem.directions),
             *_columns(vectors, problem), rows.own, parts, rows.means, *_counts(vectors, problem), problem.margin or 0.0,
             E=dim, BLOCK_M=plan.rows.m, BLOCK_N=plan.rows.n, BLOCK_E=plan.block_e, MEANS=with_means,
+            BOUNDED=_bounded(vectors, problem),
             **_options(vectors, problem), num_warps=plan.rows.warps, num_stages=plan.rows.stages,
         )  # fmt: skip
         _launch(
             forward_kernels.contrast_finish,
             (blocks_of(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
             rows.own, parts, _or(problem.log_q, loss), _or(problem.sample_weight, loss), problem.temperature,
-            loss, rows.log_rest, rows.pull, rows.inverse_weight, count, problem.start, plan.row_parts,
+            loss, rows.log_rest, rows.pull, rows.log_factor, rows.inverse_weight, rows.largest,
+            count, problem.start, plan.row_parts,
             DIRECTIONS=problem.directions, LOG_Q=problem.log_q is not None,
             WEIGHTED=problem.sample_weight is not None, TENSOR=isinstance(problem.temperature, Tensor),
             REDUCTION=problem.reduction, BLOCK=_FINISH_BLOCK, num_warps=_WARPS,
@@ -71,7 +89,7 @@ def empty_rows(vectors: Vectors, *, symmetric: bool, keep: bool, hidden: int = 0
     if keep and not symmetric:
         row_parts = _contrast_plan(vectors, symmetric, hidden).row_parts
         means, parts = (row_parts, count, dim), (row_parts, 1, count)
-    shapes = ((count,), by_direction, by_direction, (), means, parts)
+    shapes = ((count,), by_direction, by_direction, by_direction, (), (), means, parts)
     return Rows(*(vectors.anchor.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
@@ -92,24 +110,39 @@ def contrast_backward(
     return d_anchor, d_positive, d_negatives, d_temperature
 
 
-def adapt(towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Embeddings of each tower; lengths before normalisation (ΣR,) and, if kept, the hidden layer (ΣR, H)."""
+def empty_half(z: Tensor, count: int, *, wanted: bool) -> Tensor:
+    """Room for embeddings once more in float16, (ΣR, E), where they are bfloat16 and that is wanted, else (0,).
+
+    At length 1 float16 holds them to the last digit that matters, and weights with 11 bits instead of 8: with bfloat16
+    ones the columns' sums need two products each (see `_pulled`).
+    """
+    shape = (count, z.shape[1]) if wanted and z.dtype == torch.bfloat16 else (0,)
+    return z.new_empty(shape, dtype=torch.float16)
+
+
+def adapt(
+    towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool, halve: bool = False
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Embeddings of each tower; lengths before normalisation (ΣR,); if kept, the hidden layer (ΣR, H); `empty_half`."""
     towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
     tile = _adapter_plan(towers, weights, 0).forward
     total, x = sum(tower.shape[0] for tower in towers), towers[0]
     embeddings = [x.new_empty(tower.shape[0], weights.w2.shape[0], dtype=weights.dtype) for tower in towers]
     norm = x.new_empty(total, dtype=torch.float32)
     hidden = x.new_empty(total if keep else 0, weights.w1.shape[0], dtype=weights.dtype)
+    half = empty_half(embeddings[0], total, wanted=halve and weights.normalize)
     with _device_of(x):
         _launch(
             adapter_kernels.adapter_forward,
             (sum(blocks_of(tower.shape[0], tile.m) for tower in towers),),
-            *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4], *_three(embeddings), norm, hidden,
+            *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4],
+            *_three(embeddings), norm, hidden, half,
             **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
-            ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep, MIN_NORM=MIN_NORM,
+            ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep, HALVE=half.numel() > 0,
+            MIN_NORM=MIN_NORM,
             **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return embeddings, norm, hidden
+    return embeddings, norm, hidden, half
 
 
 def adapt_backward(
@@ -136,6 +169,7 @@ def adapt_contrast_backward(
     vectors: Vectors,
     norm: Tensor,
     hidden: Tensor,
+    half: Tensor,
     weights: AdapterWeights,
     problem: Contrast,
     rows: Rows,
@@ -157,7 +191,10 @@ def adapt_contrast_backward(
     with _device_of(d_y):
         if grad is not None:
             grad = grad.contiguous()
-            sums = _column_sums(grad, vectors, problem, rows, plan, d_y)
+            precise = vectors
+            if half.numel():
+                precise = Vectors(half[:anchors], half[anchors:pairs], half[pairs:] if len(towers) > 2 else None)
+            sums = _column_sums(grad, precise, problem, rows, plan, d_y)
         d_temperature = _assemble(
             grad, vectors, upstream, problem, rows, plan, sums, norm, outs,
             normalize=weights.normalize, temperature=want_temperature,
@@ -186,7 +223,7 @@ def _column_sums(
     _launch(
         backward_kernels.contrast_columns,
         (sum(blocks_of(length, tile.m) for length in lengths), plan.column_parts, blocks_of(dim, plan.block_e)),
-        *_columns(vectors, problem), rows.own, rows.log_rest, rows.pull, grad, sums,
+        *_columns(vectors, problem), rows.own, rows.pull, rows.log_factor, rows.largest, grad, sums,
         *_counts(vectors, problem), problem.margin or 0.0,
         E=dim, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_E=plan.block_e,
         ROWS=problem.reduction == "none", SCALED=vectors.anchor.dtype == torch.float16,
@@ -302,8 +339,11 @@ def _encoding_gradients(
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """One launch; tests count them here. Of no rows at all there is nothing to launch."""
-    if 0 not in grid:
-        kernel[grid](*arguments, **options)
+    if 0 in grid:
+        return
+    kernel[grid](*arguments, **options)
+    for record in _records:
+        record(kernel, grid, arguments, options)
 
 
 def _matrices(vectors: Vectors) -> tuple[Any, ...]:
@@ -340,6 +380,13 @@ def _options(vectors: Vectors, problem: Contrast) -> dict[str, Any]:
     }
 
 
+def _bounded(vectors: Vectors, problem: Contrast) -> bool:
+    """No logit is far above 1/τ or below −1/τ, and a float32 holds e_ij for both at once."""
+    if not problem.unit or problem.log_q is not None or isinstance(problem.temperature, Tensor):
+        return False
+    return vectors.anchor.dtype != torch.float16 and problem.temperature >= MIN_BOUNDED
+
+
 def _precision(dtype: torch.dtype) -> dict[str, Any]:
     """How float32 is multiplied, after `torch.set_float32_matmul_precision`: `highest` is three TF32 products."""
     precision = "ieee"
@@ -357,7 +404,7 @@ def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPl
     anchor, positive, negatives = vectors
     return plan_contrast(
         anchor.shape[0], positive.shape[0], 0 if negatives is None else negatives.shape[0], anchor.shape[1],
-        itemsize=anchor.dtype.itemsize, symmetric=symmetric, device=_device(anchor.device), hidden=hidden,
+        itemsize=anchor.dtype.itemsize, symmetric=symmetric, device=device_of(anchor.device), hidden=hidden,
     )  # fmt: skip
 
 
@@ -365,17 +412,22 @@ def _adapter_plan(towers: Sequence[Tensor], weights: AdapterWeights, kept_parts:
     dims = _dims(weights)
     return plan_adapter(
         sum(x.shape[0] for x in towers), dims["D"], dims["H"], dims["E"], itemsize=weights.dtype.itemsize,
-        device=_device(towers[0].device), kept_parts=kept_parts,
+        device=device_of(towers[0].device), kept_parts=kept_parts,
     )  # fmt: skip
 
 
 @cache
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What plans look at of a device."""
     if device.type != "cuda":
-        return Device(4, 64 << 10)  # the interpreter: small, so that sums in parts are tried there too
+        return Device(4, 64 << 10, "interpreter")  # small, so that sums in parts are tried there too
     properties = torch.cuda.get_device_properties(device)
+    gpu = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        gpu = properties.gcnArchName.split(":")[0]
     # PyTorch for ROCm has no such property; 64 KiB is what CDNA gives.
-    return Device(properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    return Device(properties.multi_processor_count, shared, gpu)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

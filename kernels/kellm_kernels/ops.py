@@ -76,7 +76,7 @@ def _contrast(
     reduction: str,
     impl: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and the fields of `Rows`; the temperature is `constant` where it is no tensor."""
     extras = (anchor_ids, positive_ids, negative_ids, log_q, sample_weight)
     problem = _problem(temperature, constant, extras, margin, symmetric, start, reduction)
@@ -163,7 +163,7 @@ def _adapt(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings (R, E), lengths before normalisation (R,) and, where `keep`, the hidden layer (R, H)."""
     weights = AdapterWeights(w1, b1, w2, b2, activation, normalize, dtype)
-    (z,), norm, hidden = _backend(impl).adapt([x], weights, keep=keep)
+    (z,), norm, hidden, _half = _backend(impl).adapt([x], weights, keep=keep)
     return z, norm, hidden
 
 
@@ -249,16 +249,20 @@ def _adapt_contrast(
     reduction: str,
     impl: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss; embeddings of anchors, positives, negatives; the fields of `Rows`; lengths; the hidden layer."""
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
+]:  # fmt: skip
+    """The loss; embeddings of each tower; the fields of `Rows`; lengths; the hidden layer; embeddings in float16."""
     weights = AdapterWeights(w1, b1, w2, b2, activation, normalize, dtype)
     extras = (anchor_ids, positive_ids, negative_ids, log_q, sample_weight)
-    problem = _problem(temperature, constant, extras, margin, symmetric, 0, reduction)
+    problem = _problem(temperature, constant, extras, margin, symmetric, 0, reduction, unit=normalize)
     compute = _backend(impl)
-    (z, z_pos, *z_neg), norm, hidden = compute.adapt(_towers(x, x_pos, x_neg), weights, keep=keep)
+    towers = _towers(x, x_pos, x_neg)
+    (z, z_pos, *z_neg), norm, hidden, half = compute.adapt(towers, weights, keep=keep, halve=keep)
     negatives = z_neg[0] if z_neg else None
     loss, rows = compute.contrast(Vectors(z, z_pos, negatives), problem, keep=keep, hidden=len(w1))
-    return loss, z, z_pos, _given(negatives, z), *rows, norm, hidden
+    return loss, z, z_pos, _given(negatives, z), *rows, norm, hidden, half
 
 
 def _adapt_contrast_backward(
@@ -287,12 +291,12 @@ def _adapt_contrast_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, x_pos, x_neg, w1, b1, w2, b2 and temperature; `wanted` tells of each."""
     weights = AdapterWeights(w1, b1, w2, b2, activation, normalize, dtype)
-    problem = _problem(temperature, constant, extras, margin, symmetric, 0, reduction)
+    problem = _problem(temperature, constant, extras, margin, symmetric, 0, reduction, unit=normalize)
     towers = _towers(x, x_pos, x_neg)
-    z, z_pos, z_neg, *rows, norm, hidden = kept
+    z, z_pos, z_neg, *rows, norm, hidden, half = kept
     vectors = Vectors(z, z_pos, None if x_neg is None else z_neg)
     d_towers, d_weights, d_temperature = _backend(impl).adapt_contrast_backward(
-        grad, grad_z, grad_z_pos, towers, vectors, norm, hidden, weights, problem, Rows(*rows),
+        grad, grad_z, grad_z_pos, towers, vectors, norm, hidden, half, weights, problem, Rows(*rows),
         want_x=wanted[: len(towers)], want_temperature=wanted[7],
     )  # fmt: skip
     d_x, d_x_pos, *d_x_neg = (_given(grad, x) for grad in d_towers)
@@ -302,13 +306,15 @@ def _adapt_contrast_backward(
 
 
 def _adapt_contrast_fake(x: Tensor, x_pos: Tensor, x_neg: Tensor | None, w1: Tensor, *others: Any) -> _Tensors:
-    _b1, w2, *_rest, dtype, _constant, _margin, symmetric, reduction, impl, keep = others
+    _b1, w2, *_rest, normalize, dtype, _constant, _margin, symmetric, reduction, impl, keep = others
     towers = _towers(x, x_pos, x_neg)
     z, z_pos, *z_neg = (tower.new_empty(tower.shape[0], w2.shape[0], dtype=dtype) for tower in towers)
     negatives = z_neg[0] if z_neg else None
     rows = _backend(impl).empty_rows(Vectors(z, z_pos, negatives), symmetric=symmetric, keep=keep, hidden=w1.shape[0])
-    hidden = _empty_hidden(x, sum(tower.shape[0] for tower in towers), w1, dtype, keep)
-    return _empty_loss(z, reduction), z, z_pos, _given(negatives, z), *rows, *hidden
+    count = sum(tower.shape[0] for tower in towers)
+    norm, hidden = _empty_hidden(x, count, w1, dtype, keep)
+    half = _backend(impl).empty_half(z, count, wanted=keep and normalize)
+    return _empty_loss(z, reduction), z, z_pos, _given(negatives, z), *rows, norm, hidden, half
 
 
 def _adapt_contrast_backward_fake(
@@ -361,11 +367,13 @@ def _problem(
     symmetric: bool,
     start: int,
     reduction: str,
+    *,
+    unit: bool = False,
 ) -> Contrast:
     anchor_ids, positive_ids, negative_ids, log_q, sample_weight = extras
     value = constant if temperature is None else temperature
     return Contrast(
-        value, anchor_ids, positive_ids, negative_ids, log_q, sample_weight, margin, symmetric, start, reduction
+        value, anchor_ids, positive_ids, negative_ids, log_q, sample_weight, margin, symmetric, start, reduction, unit
     )
 
 

@@ -43,6 +43,8 @@ class Contrast(NamedTuple):
     start: int = 0
     """Row i's own column is start + i: the rows are a part of a larger batch, all of whose positives are columns."""
     reduction: str = "mean"
+    unit: bool = False
+    """Vectors are known to be of length 1, or 0."""
 
     @property
     def directions(self) -> int:
@@ -80,6 +82,10 @@ class Rows(NamedTuple):
     """(directions, B) logarithm of the sum over negatives; the unit is the implementation's."""
     pull: Tensor
     """(directions, B) weight · (1 − p_ii) / (τ · directions); (0,) where backward computes it anew."""
+    log_factor: Tensor
+    """(directions, B) logarithm of pull over that sum, which makes of a pair's logit its weight; (0,) likewise."""
+    largest: Tensor
+    """() the largest pull, unless the reduction is `none`; (0,) likewise."""
     inverse_weight: Tensor
     """() what a mean multiplies by; 1 for the other reductions."""
     means: Tensor

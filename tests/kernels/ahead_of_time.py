@@ -47,12 +47,15 @@ CASES = [
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
 }  # fmt: skip
-_ROWS, _NEGATIVES, _ENCODING, _HIDDEN = 4096, 1024, 768, 512
+_BATCHES = (4096, 65536)  # a GPU's tiles of few pairs and of many
+_NEGATIVES, _ENCODING, _HIDDEN = 1024, 768, 512
 _MATRIX = r"\b(?:HGMMA|HMMA)\b|\bv_mfma"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def launches(dtype: torch.dtype, dim: int, everything: bool) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def launches(
+    dtype: torch.dtype, dim: int, everything: bool, pairs: int = _BATCHES[-1]
+) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Kernel, arguments and options of each launch of a forward and backward, in both kinds of loss."""
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     fused._launch = lambda kernel, grid, *arguments, **options: recorded.append((kernel, arguments, options))
@@ -63,19 +66,19 @@ def launches(dtype: torch.dtype, dim: int, everything: bool) -> list[tuple[Any, 
     kept = dtype if everything else torch.float32  # as under autocast, where weights are narrowed as they are read
     shapes = ((_HIDDEN, _ENCODING), (_HIDDEN,), (dim, _HIDDEN), (dim,))
     weights = AdapterWeights(*(empty(*shape, dtype=kept) for shape in shapes), "gelu", True, dtype)
-    towers = [empty(count, _ENCODING) for count in (_ROWS, _ROWS, _NEGATIVES)][: 3 if everything else 2]
+    towers = [empty(count, _ENCODING) for count in (pairs, pairs, _NEGATIVES)][: 3 if everything else 2]
     for symmetric in (False, True) if everything else (False,):
-        problem = Contrast(0.03)
+        problem = Contrast(0.03, unit=True)
         if everything:
-            ids = [empty(count, dtype=torch.int64) for count in (_ROWS, _ROWS, _NEGATIVES)]
-            constants = [empty(_ROWS + _NEGATIVES, dtype=torch.float32), empty(_ROWS, dtype=torch.float32)]
-            problem = Contrast(empty(dtype=torch.float32), *ids, *constants, 0.1, symmetric, 0, "none")
-        embeddings, norm, hidden = fused.adapt(towers, weights, keep=True)
+            ids = [empty(count, dtype=torch.int64) for count in (pairs, pairs, _NEGATIVES)]
+            constants = [empty(pairs + _NEGATIVES, dtype=torch.float32), empty(pairs, dtype=torch.float32)]
+            problem = Contrast(empty(dtype=torch.float32), *ids, *constants, 0.1, symmetric, 0, "none", True)
+        embeddings, norm, hidden, half = fused.adapt(towers, weights, keep=True, halve=True)
         vectors = Vectors(*(*embeddings, None)[:3])
         loss, rows = fused.contrast(vectors, problem, keep=True, hidden=_HIDDEN)
         upstream = (torch.empty_like(loss), *(torch.empty_like(z) if everything else None for z in embeddings[:2]))
         fused.adapt_contrast_backward(
-            *upstream, towers, vectors, norm, hidden, weights, problem, Rows(*rows),
+            *upstream, towers, vectors, norm, hidden, half, weights, problem, Rows(*rows),
             want_x=[everything] * len(towers), want_temperature=everything,
         )  # fmt: skip
     return recorded
@@ -101,10 +104,11 @@ def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
 def compiled(name: str) -> Iterator[dict[str, Any]]:
     """Each different kernel of `CASES`, compiled for a target."""
     target, device = TARGETS[name]
-    fused._device = lambda _device: device
+    fused.device_of = lambda _device: device
     seen = set()
     for dtype, dim, everything in CASES:
-        for kernel, arguments, options in launches(dtype, dim, everything):
+        both = [launch for pairs in _BATCHES for launch in launches(dtype, dim, everything, pairs)]
+        for kernel, arguments, options in both:
             compile_options = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
             if target.backend == "hip" and options.get("PRECISION") == "tf32x3":
                 options["PRECISION"] = "ieee"  # as `fused` has it where PyTorch is built for ROCm

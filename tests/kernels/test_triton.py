@@ -162,6 +162,119 @@ def test_gradients_keep_their_digits_at_high_similarity(cosine: float, dtype: to
     assert relative_error(grads, wanted) < {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
 
 
+def by_identity(
+    encodings: list[Tensor], options: dict[str, Any], *, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Loss and gradients of encodings through an adapter that only normalises, and their float64 truth.
+
+    The truth starts from the embeddings as they were rounded: at a high similarity their rounding alone moves it.
+    """
+    dim = encodings[0].shape[1]
+    one = torch.eye(dim, device=DEVICE, dtype=dtype)
+    weights = [torch.cat([one, -one]), one.new_zeros(2 * dim), torch.cat([one, -one], dim=1), one.new_zeros(dim)]
+    x, x_pos, *x_neg = (encoding.to(DEVICE, dtype).requires_grad_() for encoding in encodings)
+    loss, z, z_pos = adapter_info_nce(
+        x, x_pos, *weights, x_neg=x_neg[0] if x_neg else None, activation="relu", impl="triton", **options
+    )
+    generator = torch.Generator().manual_seed(5)
+    upstream = torch.rand(loss.shape, generator=generator) + 0.5
+    grads = torch.autograd.grad(loss, [x, x_pos, *x_neg], upstream.to(DEVICE))
+    lengths = [v.detach().cpu().double().norm(dim=1, keepdim=True) for v in (x, x_pos, *x_neg)]
+    units = [z.detach().cpu(), z_pos.detach().cpu()]
+    units += [
+        (v.detach().cpu().float() / length.float()).to(dtype) for v, length in zip(x_neg, lengths[2:], strict=True)
+    ]
+    leaves = [v.double().requires_grad_() for v in units]
+    on_cpu = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in options.items()}
+    wanted = eager_loss(*leaves, **on_cpu)
+    d_units = torch.autograd.grad(wanted, leaves, upstream.double())
+    truths = [
+        (grad - unit * (unit * grad).sum(1, keepdim=True)) / length
+        for grad, unit, length in zip(d_units, (v.detach() for v in leaves), lengths, strict=True)
+    ]
+    return [v.detach().cpu() for v in (loss, *grads)], [wanted.detach(), *truths]
+
+
+@pytest.mark.parametrize("cosine", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_whole_keeps_digits_at_high_similarity(cosine: float, symmetric: bool, everything: bool) -> None:
+    """In bfloat16, whose columns' sums are computed in float16; what is left is the rounding of gradients, twice."""
+    rows, dim = 150, 64
+    pair = pairs_at(cosine, rows, dim)
+    options: dict[str, Any] = {"symmetric": symmetric, "reduction": "sum"}
+    encodings = [3.0 * pair[0], 0.5 * pair[1]]
+    if everything:
+        given = on_device(problem(rows, 20, dim, cosine=cosine)).only("anchor_ids", "positive_ids", "negative_ids")
+        weight = torch.linspace(0, 1e-6, rows, device=DEVICE)  # small weights leave float16's range, unscaled
+        options |= given.options | {"sample_weight": weight, "reduction": "none"}
+        encodings.append(2.0 * pairs_at(0.1, 20, dim, seed=1)[1])
+    got, wanted = by_identity(encodings, options, dtype=torch.bfloat16)
+    assert relative_error(got[:1], wanted[:1]) < 2e-4
+    assert relative_error(got[1:], wanted[1:]) < 5e-3
+
+
+@pytest.mark.parametrize("temperature", [0.014, 0.0145, 0.03, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_unit_vectors_as_far_apart_as_they_can_be(temperature: float, dtype: torch.dtype) -> None:
+    """Logits of ±1/τ in the same row, where e_ij are taken without their maximum and where they are not."""
+    anchor = torch.zeros(70, 16, dtype=torch.float64)
+    anchor[:, 3] = 1
+    positive = anchor.clone()
+    positive[::2] *= -1
+    got, wanted = by_identity([anchor, positive], {"temperature": temperature, "reduction": "none"}, dtype=dtype)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=1e-5, atol=1e-5)
+    # The vectors lie along one line, so that nothing of a gradient is left beside it.
+    for grad, truth in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=0, atol=1e-4 / temperature)
+
+
+def test_all_negatives_far_away_at_a_low_temperature() -> None:
+    """No sum is lost for being small: negatives opposite to all anchors, each own positive a little less so."""
+    generator = torch.Generator().manual_seed(3)
+    anchor = torch.zeros(40, 16, dtype=torch.float64)
+    anchor[:, 0] = 1
+    anchor += 0.05 * torch.randn(anchor.shape, generator=generator, dtype=torch.float64)
+    positive = -anchor + 0.1 * torch.randn(anchor.shape, generator=generator, dtype=torch.float64)
+    options = {"temperature": 0.015, "reduction": "none"}
+    for dtype, tolerance in ((torch.bfloat16, 5e-3), (torch.float32, 2e-5)):
+        got, wanted = by_identity([anchor, positive], options, dtype=dtype)
+        assert relative_error(got, wanted) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_beyond_the_last_pair_stay_out_of_the_sums(dtype: torch.dtype) -> None:
+    """All similarities are low, so that a vector of zeros would weigh 2^60 times as much as any pair."""
+    generator = torch.Generator().manual_seed(4)
+    anchor = torch.randn(70, 16, generator=generator, dtype=torch.float64)
+    anchor[:, 0] += 20
+    anchor = anchor / anchor.norm(dim=1, keepdim=True)
+    positive = -anchor.roll(1, 0)
+    leaves = [vectors.to(DEVICE, dtype).requires_grad_() for vectors in (anchor, positive)]
+    truths = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    options: dict[str, Any] = {"temperature": 0.02, "symmetric": True, "reduction": "sum"}
+    grads = torch.autograd.grad(info_nce(*leaves, impl="triton", **options), leaves)
+    wanted = torch.autograd.grad(eager_loss(*truths, **options), truths)
+    assert relative_error([grad.cpu() for grad in grads], wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_small_losses_of_many_columns_keep_their_digits_in_float16(symmetric: bool) -> None:
+    """Thousands of equal columns: each has 1/4,096 of a row's softmax, near what float16 holds."""
+    generator = torch.Generator().manual_seed(6)
+    anchor = torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    anchor = anchor / anchor.norm(dim=1, keepdim=True)
+    negatives = torch.randn(4096, 8, generator=generator, dtype=torch.float64)
+    negatives = negatives / negatives.norm(dim=1, keepdim=True)
+    leaves = [vectors.to(DEVICE, torch.float16).requires_grad_() for vectors in (anchor, anchor.roll(1, 0), negatives)]
+    truths = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    options: dict[str, Any] = {"temperature": 1.0, "symmetric": symmetric}
+    loss = info_nce(leaves[0], leaves[1], negatives=leaves[2], impl="triton", **options)
+    grads = torch.autograd.grad(1e3 * loss, leaves)
+    wanted = [1e3 * grad for grad in torch.autograd.grad(eager_loss(*truths, **options), truths)]
+    assert relative_error([grad.cpu() for grad in grads], wanted) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rows_whose_negatives_are_all_masked_cost_nothing(symmetric: bool) -> None:
     given = on_device(problem(20, 0, 16, dtype=torch.float32))

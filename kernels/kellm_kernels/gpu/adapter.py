@@ -28,13 +28,16 @@ def _tower(block, n0, n1, n2, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def adapter_forward(
-    x0, x1, x2, stride0, stride1, stride2, n0, n1, n2, w1, b1, w2, b2, z0, z1, z2, norm_out, hidden_out,
+    x0, x1, x2, stride0, stride1, stride2, n0, n1, n2, w1, b1, w2, b2, z0, z1, z2, norm_out, hidden_out, half_out,
     D: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, MIN_NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, HALVE: tl.constexpr, MIN_NORM: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """One block of rows through both layers; the hidden layer is made, used and, with KEEP, written block by block."""
+    """One block of rows through both layers; the hidden layer is made, used and, with KEEP, written block by block.
+
+    HALVE: embeddings are written once more, in float16.
+    """
     which, first = _tower(tl.program_id(0), n0, n1, n2, BLOCK_R)
     x, stride, count = _pick(which, x0, x1, x2), _pick(which, stride0, stride1, stride2), _pick(which, n0, n1, n2)
     z, offset = _pick(which, z0, z1, z2), _pick(which, 0, n0, n0 + n1)
@@ -67,7 +70,11 @@ def adapter_forward(
         y = y / norm[:, None]
     tl.store(norm_out + out_row, norm, mask=here)
     at = row.to(tl.int64)[:, None] * E + e[None, :]
-    tl.store(z + at, narrow(y, dtype, UPCAST), mask=here[:, None] & (e < E)[None, :])
+    narrowed = narrow(y, dtype, UPCAST)
+    tl.store(z + at, narrowed, mask=here[:, None] & (e < E)[None, :])
+    if HALVE:
+        half = narrowed.to(tl.float32).to(tl.float16)
+        tl.store(half_out + out_row[:, None] * E + e[None, :], half, mask=here[:, None] & (e < E)[None, :])
 
 
 @triton.jit

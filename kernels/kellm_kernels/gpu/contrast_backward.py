@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kellm_kernels.gpu.columns import LOG2E, same, take, temperature_of
+from kellm_kernels.gpu.contrast_forward import LIFT
 from kellm_kernels.gpu.tiles import narrow, product, rows_of, similarities
 
 
@@ -28,10 +29,33 @@ def _shared(grad, inverse, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _largest(grad, pull, B, SECOND: tl.constexpr):
+    """The largest factor of a row, gradients from upstream being by row."""
+    BLOCK: tl.constexpr = 1024
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.cdiv(B, BLOCK)):
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(_upstream(grad, pull, row, row < B, True)))
+        if SECOND:
+            largest = tl.maximum(largest, tl.abs(_upstream(grad, pull + B, row, row < B, True)))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _factor(grad, log_factor, row, mask, shift, ROWS: tl.constexpr):
+    """log₂ of each row's factor in its pairs' weights, and its gradient from upstream where that is by row, else 1."""
+    log = tl.load(log_factor + row, mask=mask, other=-float("inf")) + shift
+    upstream = tl.full(row.shape, 1.0, tl.float32)
+    if ROWS:
+        upstream = tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
+    return log, upstream
+
+
+@triton.jit
 def _pulled(
     tile, vectors, vectors_stride, tile_row, tile_count, total, element, others, stride, first, last, other_count,
-    own, log_rest, pull, grad, anchor_ids, positive_ids, column_ids, log_q, B, scale, margin, start, shrink,
-    E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_E: tl.constexpr, TILE_IS_ROW: tl.constexpr,
+    own, log_factor, grad, anchor_ids, positive_ids, column_ids, log_q, B, scale, margin, start, shift, first_tile_row,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_E: tl.constexpr, TILE_IS_ROW: tl.constexpr,
     ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, COLUMN_IDS: tl.constexpr, PAIRED: tl.constexpr,
     LOG_Q: tl.constexpr, MARGIN: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -40,8 +64,13 @@ def _pulled(
 
     The tile is of columns and the others are all anchors, or (TILE_IS_ROW) of anchors and the others are columns. A
     weight is c_i π_ij, softmax i's part over negatives times its pull; with SECOND, that of the other direction too.
+    Weights come 2^shift times too large; pairs beyond the last have none.
     """
     axis: tl.constexpr = 1 if TILE_IS_ROW else 0
+    BY_PAIR: tl.constexpr = (ANCHOR_IDS and (PAIRED or COLUMN_IDS)) or (POSITIVE_IDS and COLUMN_IDS)
+    own_first = first_tile_row - start  # where the others begin that are the tile's own pairs
+    if TILE_IS_ROW:
+        own_first = first_tile_row + start
     for block in range(first, last):
         other = block * BLOCK_I + tl.arange(0, BLOCK_I)
         similarity = similarities(
@@ -54,42 +83,52 @@ def _pulled(
         else:
             i, j = other, tile_row
             i_here, j_here = other < other_count, tile_row < tile_count
-        i_log_rest = tl.load(log_rest + i, mask=i_here, other=-float("inf"))
-        i_pull = _upstream(grad, pull, i, i_here, ROWS) * shrink
-        i_anchor = take(anchor_ids, i + start, i_here, ANCHOR_IDS)
-        i_positive = take(positive_ids, i + start, i_here, POSITIVE_IDS)
-        j_anchor = take(anchor_ids, j, j_here, ANCHOR_IDS and PAIRED)
-        j_id = take(column_ids, j, j_here, COLUMN_IDS)
-        masked = ~(tl.expand_dims(i_here, axis) & tl.expand_dims(j_here, 1 - axis))
-        if PAIRED:
-            masked = masked | (tl.expand_dims(i + start, axis) == tl.expand_dims(j, 1 - axis))
-        masked = masked | same(
-            tl.expand_dims(i_anchor, axis), tl.expand_dims(i_positive, axis),
-            tl.expand_dims(j_anchor, 1 - axis), tl.expand_dims(j_id, 1 - axis),
-            ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
-        )
+        if BY_PAIR:
+            i_anchor = take(anchor_ids, i + start, i_here, ANCHOR_IDS)
+            i_positive = take(positive_ids, i + start, i_here, POSITIVE_IDS)
+            j_anchor = take(anchor_ids, j, j_here, ANCHOR_IDS and PAIRED)
+            j_id = take(column_ids, j, j_here, COLUMN_IDS)
+            masked = same(
+                tl.expand_dims(i_anchor, axis), tl.expand_dims(i_positive, axis),
+                tl.expand_dims(j_anchor, 1 - axis), tl.expand_dims(j_id, 1 - axis),
+                ANCHOR_IDS, POSITIVE_IDS, COLUMN_IDS, PAIRED,
+            )
+            if PAIRED:
+                masked = masked | (tl.expand_dims(i + start, axis) == tl.expand_dims(j, 1 - axis))
+            masked = masked | ~(tl.expand_dims(tile_row < tile_count, 1) & tl.expand_dims(other < other_count, 0))
+            similarity = tl.where(masked, -float("inf"), similarity)
+        else:
+            edge = (first_tile_row + BLOCK_M > tile_count) | ((block + 1) * BLOCK_I > other_count)
+            if PAIRED:
+                edge = edge | ((block * BLOCK_I < own_first + BLOCK_M) & ((block + 1) * BLOCK_I > own_first))
+            if edge:
+                masked = ~(tl.expand_dims(tile_row < tile_count, 1) & tl.expand_dims(other < other_count, 0))
+                if PAIRED:
+                    masked = masked | (tl.expand_dims(i + start, axis) == tl.expand_dims(j, 1 - axis))
+                similarity = tl.where(masked, -float("inf"), similarity)
+        i_log, i_upstream = _factor(grad, log_factor, i, i_here, shift, ROWS)
         logit = similarity * scale
-        i_level = tl.where(i_log_rest == -float("inf"), 0.0, i_log_rest)
-        first_logit = logit
+        first_logit = logit + tl.expand_dims(i_log, axis)
         if LOG_Q:
             j_log_q = tl.load(log_q + j, mask=j_here, other=0.0).to(tl.float32) * LOG2E
             first_logit -= tl.expand_dims(j_log_q, 1 - axis)
-        first_masked = masked
         if MARGIN:
             i_own = tl.load(own + i, mask=i_here, other=0.0)
-            first_masked = masked | (similarity > tl.expand_dims(i_own + margin, axis))
-        first_logit = tl.where(first_masked, -float("inf"), first_logit - tl.expand_dims(i_level, axis))
-        weight = tl.exp2(first_logit) * tl.expand_dims(i_pull, axis)
+            first_logit = tl.where(similarity > tl.expand_dims(i_own + margin, axis), -float("inf"), first_logit)
+        weight = tl.exp2(first_logit)
+        if ROWS:
+            weight *= tl.expand_dims(i_upstream, axis)
         if SECOND and PAIRED:
-            j_log_rest = tl.load(log_rest + B + j, mask=j_here, other=-float("inf"))
-            j_pull = _upstream(grad, pull + B, j, j_here, ROWS) * shrink
-            j_level = tl.where(j_log_rest == -float("inf"), 0.0, j_log_rest)
-            second_masked = masked
+            j_log, j_upstream = _factor(grad, log_factor + B, j, j_here, shift, ROWS)
+            second_logit = logit + tl.expand_dims(j_log, 1 - axis)
             if MARGIN:
                 j_own = tl.load(own + j, mask=j_here, other=0.0)
-                second_masked = masked | (similarity > tl.expand_dims(j_own + margin, 1 - axis))
-            second_logit = tl.where(second_masked, -float("inf"), logit - tl.expand_dims(j_level, 1 - axis))
-            weight += tl.exp2(second_logit) * tl.expand_dims(j_pull, 1 - axis)
+                beyond = similarity > tl.expand_dims(j_own + margin, 1 - axis)
+                second_logit = tl.where(beyond, -float("inf"), second_logit)
+            second = tl.exp2(second_logit)
+            if ROWS:
+                second *= tl.expand_dims(j_upstream, 1 - axis)
+            weight += second
         o = rows_of(others, stride, other, other_count, element, E, BLOCK_E)
         coarse = narrow(weight, o.dtype, UPCAST)
         total = product(coarse, o, total, PRECISION, UPCAST)
@@ -106,7 +145,7 @@ def _pulled(
 def contrast_columns(
     anchor, positive, negative, anchor_stride, positive_stride, negative_stride,
     anchor_ids, positive_ids, negative_ids, log_q, temperature,
-    own, log_rest, pull, grad, sums_out, B, P, N, start, margin,
+    own, pull, log_factor, largest, grad, sums_out, B, P, N, start, margin,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     NEGATIVES: tl.constexpr, ANCHOR_IDS: tl.constexpr, POSITIVE_IDS: tl.constexpr, NEGATIVE_IDS: tl.constexpr,
     LOG_Q: tl.constexpr, NEGATIVE_LOG_Q: tl.constexpr, MARGIN: tl.constexpr, TENSOR: tl.constexpr,
@@ -115,21 +154,21 @@ def contrast_columns(
     """One block of columns (positives, negatives; with SECOND, of anchors too) against one part of the other side.
 
     Grid (blocks, parts, blocks of E). Writes (parts, [B +] P + N, E) float32: gradients but for the own pair and the
-    factor that all rows share. SCALED keeps float16 weights near 1, so that small gradients stay within its range.
+    factor that all rows share. SCALED brings float16 weights up to 2^15, so that small ones keep their digits.
     """
     block, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    element = tl.program_id(2) * BLOCK_E
+    element = 0
+    if E > BLOCK_E:
+        element = tl.program_id(2) * BLOCK_E
     scale = LOG2E / temperature_of(temperature, TENSOR)
-    shrink = 1.0
+    shift = 0.0
     if SCALED:
-        largest = tl.zeros((BLOCK_N,), tl.float32)
-        for at in range(tl.cdiv(B, BLOCK_N)):
-            row = at * BLOCK_N + tl.arange(0, BLOCK_N)
-            largest = tl.maximum(largest, tl.abs(_upstream(grad, pull, row, row < B, ROWS)))
-            if SECOND:
-                largest = tl.maximum(largest, tl.abs(_upstream(grad, pull + B, row, row < B, ROWS)))
-        peak = tl.max(largest, 0)
-        shrink = 1.0 / tl.where(peak > 0, peak, 1.0)
+        peak = tl.load(largest)
+        if ROWS:
+            peak = _largest(grad, pull, B, SECOND)
+        shift = LIFT - tl.ceil(tl.log2(tl.where(peak > 0, peak, 1.0)))
+        if SECOND:
+            shift -= 1.0  # a pair's weight has two terms
     total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     positive_blocks = tl.cdiv(P, BLOCK_M)
     negative_blocks = 0
@@ -138,39 +177,42 @@ def contrast_columns(
     columns_end = positive_blocks + negative_blocks
     each = tl.cdiv(tl.cdiv(B, BLOCK_N), parts)
     first, last = part * each, tl.minimum((part + 1) * each, tl.cdiv(B, BLOCK_N))
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     anchors = 0
     if SECOND:
         anchors = B
     count, offset = P, anchors
+    first_tile_row = block * BLOCK_M
+    row = first_tile_row + tl.arange(0, BLOCK_M)
     if block < positive_blocks:
         tile = rows_of(positive, positive_stride, row, P, 0, E, BLOCK_E)
         total = _pulled(
             tile, positive, positive_stride, row, P, total, element, anchor, anchor_stride, first, last, B,
-            own, log_rest, pull, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shrink,
-            E, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, ROWS, SECOND,
-            PRECISION, UPCAST,
+            own, log_factor, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shift,
+            first_tile_row, E, BLOCK_M, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q,
+            MARGIN, ROWS, SECOND, PRECISION, UPCAST,
         )
     elif block < columns_end:
         if NEGATIVES:
-            row = (block - positive_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+            first_tile_row = (block - positive_blocks) * BLOCK_M
+            row = first_tile_row + tl.arange(0, BLOCK_M)
             count, offset = N, anchors + P
             tile = rows_of(negative, negative_stride, row, N, 0, E, BLOCK_E)
             total = _pulled(
                 tile, negative, negative_stride, row, N, total, element, anchor, anchor_stride, first, last, B,
-                own, log_rest, pull, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
-                shrink, E, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q,
-                MARGIN, ROWS, SECOND, PRECISION, UPCAST,
+                own, log_factor, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
+                shift, first_tile_row, E, BLOCK_M, BLOCK_N, BLOCK_E, False, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS,
+                False, NEGATIVE_LOG_Q, MARGIN, ROWS, SECOND, PRECISION, UPCAST,
             )
     elif SECOND:
-        row = (block - columns_end) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_tile_row = (block - columns_end) * BLOCK_M
+        row = first_tile_row + tl.arange(0, BLOCK_M)
         count, offset = B, 0
         tile = rows_of(anchor, anchor_stride, row, B, 0, E, BLOCK_E)
         total = _pulled(
             tile, anchor, anchor_stride, row, B, total, element, positive, positive_stride, first, last, P,
-            own, log_rest, pull, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shrink,
-            E, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q, MARGIN, ROWS, SECOND,
-            PRECISION, UPCAST,
+            own, log_factor, grad, anchor_ids, positive_ids, positive_ids, log_q, B, scale, margin, start, shift,
+            first_tile_row, E, BLOCK_M, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, POSITIVE_IDS, True, LOG_Q,
+            MARGIN, ROWS, SECOND, PRECISION, UPCAST,
         )
         if NEGATIVES:
             further = tl.cdiv(N, BLOCK_N)
@@ -178,14 +220,14 @@ def contrast_columns(
             total = _pulled(
                 tile, anchor, anchor_stride, row, B, total, element,
                 negative, negative_stride, part * each, tl.minimum((part + 1) * each, further), N,
-                own, log_rest, pull, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
-                shrink, E, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS, False, NEGATIVE_LOG_Q,
-                MARGIN, ROWS, SECOND, PRECISION, UPCAST,
+                own, log_factor, grad, anchor_ids, positive_ids, negative_ids, log_q + P, B, scale, margin, start,
+                shift, first_tile_row, E, BLOCK_M, BLOCK_N, BLOCK_E, True, ANCHOR_IDS, POSITIVE_IDS, NEGATIVE_IDS,
+                False, NEGATIVE_LOG_Q, MARGIN, ROWS, SECOND, PRECISION, UPCAST,
             )
     vectors = anchors + P + N
     e = element + tl.arange(0, BLOCK_E)
     out = (part.to(tl.int64) * vectors + offset + row)[:, None] * E + e[None, :]
-    tl.store(sums_out + out, total / shrink, mask=(row < count)[:, None] & (e < E)[None, :])
+    tl.store(sums_out + out, total * tl.exp2(-shift), mask=(row < count)[:, None] & (e < E)[None, :])
 
 
 @triton.jit
