@@ -2,25 +2,27 @@
 
 python benchmarks/tabulate_evaluation.py
 
-A table stands between `<!-- table NAME ARGUMENTS from FILE -->` and `<!-- end -->`: NAME is one of `TABLES`, FILE a CSV
-of benchmarks/data without its ending.
+Where a table stands: page_tables.py. NAME is one of `TABLES`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for a test that runs the script by its path
+
+import page_tables
+from page_tables import table
 
 from kellm_features.evaluation.grid import NOTHING, number
 from kellm_features.evaluation.results import ALL, COLD, WARM, ResultRow, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "benchmarks" / "data"
 PAGE = ROOT / "docs" / "evaluation.md"
-BLOCK = re.compile(r"(<!-- table (\w+)((?: [\w+-]+)*) from (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = page_tables.BLOCK
 ID = "id-30"
 SLICES = ("items 1-9", "items 10-99", "items 100-999", "items 1000+")
 RECALLS = ("recall@20", "recall@20 normalized")
@@ -70,13 +72,6 @@ def difference(row: ResultRow | None) -> str:
         return NOTHING
     delta, low, high = (number(figure, "delta") for figure in (row.delta, row.delta_low, row.delta_high))
     return f"{delta} [{low}, {high}]{' *' if row.p_holm is not None and row.p_holm < 0.05 else ''}"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A pipe table whose first columns are texts and the rest numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *escaped)) + "\n"
 
 
 def ladder(rows: Rows, suite: str, backbone: str) -> str:
@@ -156,13 +151,7 @@ TABLES: dict[str, Callable[..., str]] = {
 
 def written(page: str) -> str:
     """The page with its tables made from the rows."""
-    rows_of = cache(lambda file: Rows(read_results(DATA / f"{file}.csv")))
-
-    def one(match: re.Match[str]) -> str:
-        head, name, arguments, file, end = match.groups()
-        return f"{head}{TABLES[name](rows_of(file), *arguments.split())}{end}"
-
-    return BLOCK.sub(one, page)
+    return page_tables.rewritten(page, TABLES, lambda path: Rows(read_results(path)))
 
 
 def main() -> None:
