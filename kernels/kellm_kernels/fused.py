@@ -1,8 +1,8 @@
 """`impl="triton"`: the operators of `ops` as launches, at most eight for forward and backward together.
 
-Forward: `adapter_forward`, `contrast_rows`, `contrast_finish`. Backward: `contrast_columns`, `assemble`,
-`adapter_weights` and, where those sum in parts, `add_parts`; `adapter_encodings` only for encodings that take a
-gradient, and one sum for a temperature that does.
+Forward: `adapter_forward`, for a small batch layer by layer, `contrast_rows`, `contrast_finish`. Backward:
+`contrast_columns`, `assemble`, `adapter_weights` and, where those sum in parts, `add_parts`; `adapter_encodings` only
+for encodings that take a gradient, and one sum for a temperature that does.
 """
 
 from __future__ import annotations
@@ -125,23 +125,28 @@ def adapt(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Embeddings of each tower; lengths before normalisation (ΣR,); if kept, the hidden layer (ΣR, H); `empty_half`."""
     towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
-    tile = _adapter_plan(towers, weights, 0).forward
+    plan = _adapter_plan(towers, weights, 0)
+    tile = plan.forward
     total, x = sum(tower.shape[0] for tower in towers), towers[0]
     embeddings = [x.new_empty(tower.shape[0], weights.w2.shape[0], dtype=weights.dtype) for tower in towers]
     norm = x.new_empty(total, dtype=torch.float32)
     hidden = x.new_empty(total if keep else 0, weights.w1.shape[0], dtype=weights.dtype)
     half = empty_half(embeddings[0], total, wanted=halve and weights.normalize)
     with _device_of(x):
-        _launch(
-            adapter_kernels.adapter_forward,
-            (sum(blocks_of(tower.shape[0], tile.m) for tower in towers),),
-            *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4],
-            *_three(embeddings), norm, hidden, half,
-            **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
-            ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep, HALVE=half.numel() > 0,
-            MIN_NORM=MIN_NORM,
-            **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        for layers in plan.layers if keep else ("both",):
+            _launch(
+                adapter_kernels.adapter_forward,
+                (
+                    sum(blocks_of(tower.shape[0], tile.m) for tower in towers),
+                    blocks_of(weights.w1.shape[0], tile.n) if layers == "first" else 1,
+                ),
+                *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4],
+                *_three(embeddings), norm, hidden, half,
+                **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
+                LAYERS=layers, ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep,
+                HALVE=half.numel() > 0, MIN_NORM=MIN_NORM,
+                **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return embeddings, norm, hidden, half
 
 

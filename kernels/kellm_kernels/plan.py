@@ -52,6 +52,8 @@ class AdapterPlan(NamedTuple):
     """m rows, n of H, k of D; all of E."""
     backward: Tile
     """`adapter_weights` and `adapter_encodings`: m rows, n of H, k of D."""
+    layers: tuple[str, ...]
+    """The launches of forward: `both` layers in one, or the `first` and then the `second`."""
     block_e: int
     """Elements of an embedding at a time in backward."""
     weight_parts: int
@@ -196,10 +198,13 @@ def plan_adapter(
     forward, tile, block_e = adapter_tiles(embedding, itemsize, device)
     forward = _tile("adapter_forward", itemsize, embedding, rows, device, forward)
     tile = _tile("adapter_weights", itemsize, embedding, rows, device, tile)
+    if 2 * blocks_of(rows, forward.m) <= device.processors:
+        # So few programs would each read all weights while most processors idle. No parts to add up: 8 launches stay 8.
+        return AdapterPlan(forward, tile, ("first", "second"), block_e, 1)
     weights = hidden * encoding + hidden + embedding * hidden + embedding
     kept = 2 * itemsize * (hidden + embedding) + _half(embedding, itemsize)
     kept += _BYTES * ((embedding + 1) * kept_parts + _FEW)
     affordable = rows * max(16 * embedding + 8 * hidden - kept, 0) // (2 * _BYTES * weights)
     programs = blocks_of(hidden, tile.n) * (blocks_of(encoding, tile.k) + blocks_of(embedding, block_e))
     wanted = _PROGRAMS_PER_PROCESSOR * device.processors // programs
-    return AdapterPlan(forward, tile, block_e, max(1, min(wanted, blocks_of(rows, tile.m), affordable)))
+    return AdapterPlan(forward, tile, ("both",), block_e, max(1, min(wanted, blocks_of(rows, tile.m), affordable)))

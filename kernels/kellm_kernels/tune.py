@@ -14,6 +14,7 @@ import csv
 import datetime
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -61,17 +62,20 @@ class Case(NamedTuple):
     symmetric: bool
 
 
-class Launch(NamedTuple):
-    """What a kernel was launched with."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+class Launches(list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]):
+    """A kernel's launches in one step: kernel, grid, arguments, options."""
 
     def again(self) -> None:
         """Launch it once more."""
-        self.kernel[self.grid](*self.arguments, **self.options)
+        for kernel, grid, arguments, options in self:
+            kernel[grid](*arguments, **options)
+
+    @property
+    def tile(self) -> Tile:
+        """What it was launched with."""
+        options = self[0][3]
+        m, n, k = ("BLOCK_R", "BLOCK_H", "BLOCK_D") if "BLOCK_R" in options else ("BLOCK_M", "BLOCK_N", "")
+        return Tile(options[m], options[n], options.get(k, 0), options["num_warps"], options["num_stages"])
 
 
 Timer = Callable[[Callable[[], None]], float]
@@ -98,7 +102,7 @@ def best_tiles(
     wanted, launches = _recorded(step)
     for name, tiles in candidates.items():
         plan_ms = timer(launches[name].again)
-        fastest, ms = _tile_of(launches[name]), plan_ms
+        fastest, ms = launches[name].tile, plan_ms
         for tile in tiles:
             try:
                 with forced({name: tile}):
@@ -149,22 +153,15 @@ def _step(case: Case, device: torch.device, dtype: torch.dtype) -> Callable[[], 
     return step
 
 
-def _recorded(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], dict[str, Launch]]:
+def _recorded(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], dict[str, Launches]]:
     """What a step gives, and its launches by the kernel's name."""
-    launches: dict[str, Launch] = {}
+    launches: dict[str, Launches] = defaultdict(Launches)
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        launches[kernel.fn.__name__] = Launch(kernel, grid, arguments, options)
+        launches[kernel.fn.__name__].append((kernel, grid, arguments, options))
 
     with fused.watched(record):
         return step(), launches
-
-
-def _tile_of(launch: Launch) -> Tile:
-    """The tile that a launch was made with."""
-    options = launch.options
-    m, n, k = ("BLOCK_R", "BLOCK_H", "BLOCK_D") if "BLOCK_R" in options else ("BLOCK_M", "BLOCK_N", "")
-    return Tile(options[m], options[n], options.get(k, 0), options["num_warps"], options["num_stages"])
 
 
 def _alike(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:

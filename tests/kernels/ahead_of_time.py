@@ -47,7 +47,7 @@ CASES = [
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
 }  # fmt: skip
-_BATCHES = (4096, 65536)  # a GPU's tiles of few pairs and of many
+_BATCHES = (1024, 65536)  # a GPU's tiles of few pairs and of many
 _NEGATIVES, _ENCODING, _HIDDEN = 1024, 768, 512
 _MATRIX = r"\b(?:HGMMA|HMMA)\b|\bv_mfma"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

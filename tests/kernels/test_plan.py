@@ -65,6 +65,12 @@ def test_a_small_batch_is_cut_into_parts_and_a_large_one_is_not() -> None:
     assert (large.rows.m, large.row_parts, large.columns.m, large.column_parts) == (128, 1, 128, 1)
 
 
+def test_a_small_batch_goes_through_the_adapter_layer_by_layer() -> None:
+    small, large = (plan_adapter(rows, 768, 512, 128, itemsize=2, device=H100) for rows in (2 * 1024, 2 * 4096))
+    assert (small.layers, small.weight_parts) == (("first", "second"), 1)
+    assert large.layers == ("both",)
+
+
 @given(dim=dims)
 def test_padding(dim: int) -> None:
     width = padded(dim)

@@ -434,13 +434,31 @@ def test_autocast_takes_its_dtype_and_gives_gradients_in_the_weights_own() -> No
     assert relative_error(grads, [grad.double() for grad in wanted]) < 2e-2
 
 
-def test_the_same_input_gives_the_same_bits() -> None:
-    given = on_device(problem(150, 20, 40, dtype=torch.float16))
+@pytest.mark.parametrize("rows", [150] if DEVICE == "cpu" else [150, 8200])
+def test_the_same_input_gives_the_same_bits(rows: int) -> None:
+    given = on_device(problem(rows, 20, 40, dtype=torch.float16))
     runs = []
     for _ in range(2):
         loss = info_nce(*given[:2], negatives=given.negatives, impl="triton", **given.options)
         runs.append((loss.detach(), *torch.autograd.grad(loss, given.leaves)))
     for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rows", [20, 300] if DEVICE == "cpu" else [20, 300, 20_000])
+def test_the_whole_gives_the_same_bits_again(rows: int) -> None:
+    """In bfloat16, by every way there is: layer by layer or both at once, sums in parts or whole."""
+    x = torch.randn(2, rows, 24, device=DEVICE).bfloat16()
+    weights = [weight.detach().to(DEVICE, torch.bfloat16).requires_grad_() for weight in adapter_weights(24, 40, 16)]
+    runs = []
+    for _ in range(2):
+        results = adapter_info_nce(x[0], x[1], *weights, impl="triton")
+        runs.append((*(result.detach() for result in results), *torch.autograd.grad(results[0], weights)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+    with torch.no_grad():  # and so does a forward that keeps nothing
+        alone = adapter_info_nce(x[0], x[1], *weights, impl="triton")
+    for first, second in zip(runs[0], alone, strict=False):
         assert torch.equal(first, second)
 
 
@@ -479,7 +497,8 @@ def test_forward_and_backward_are_eight_launches_at_most(
         step()
     operators = [event.name for event in recorded.events() if event.name.startswith("aten::")]
     further = [name for name in operators if name not in ALLOCATE_OR_VIEW]
-    assert launches[:3] == ["adapter_forward", "contrast_rows", "contrast_finish"]
+    layers = 2 if rows == 8 else 1
+    assert launches[: layers + 2] == [*["adapter_forward"] * layers, "contrast_rows", "contrast_finish"]
     assert len(launches) + len(further) <= 8, (launches, further)
     assert len(launches) >= 6
 

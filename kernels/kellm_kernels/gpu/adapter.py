@@ -31,12 +31,13 @@ def adapter_forward(
     x0, x1, x2, stride0, stride1, stride2, n0, n1, n2, w1, b1, w2, b2, z0, z1, z2, norm_out, hidden_out, half_out,
     D: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, HALVE: tl.constexpr, MIN_NORM: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr, HALVE: tl.constexpr,
+    MIN_NORM: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """One block of rows through both layers; the hidden layer is made, used and, with KEEP, written block by block.
 
-    HALVE: embeddings are written once more, in float16.
+    LAYERS is `both`, or one after the other where rows are few: `first`, a program for each block of the hidden layer
+    too, and `second`, which reads that layer. HALVE: embeddings are written once more, in float16.
     """
     which, first = _tower(tl.program_id(0), n0, n1, n2, BLOCK_R)
     x, stride, count = _pick(which, x0, x1, x2), _pick(which, stride0, stride1, stride2), _pick(which, n0, n1, n2)
@@ -47,34 +48,45 @@ def adapter_forward(
     out_row = (offset + row).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     y = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
-    for h_start in range(0, H, BLOCK_H):
+    first_h, last_h = 0, H
+    if LAYERS == "first":
+        first_h = tl.program_id(1) * BLOCK_H
+        last_h = first_h + BLOCK_H
+    for h_start in range(first_h, last_h, BLOCK_H):
         h = h_start + tl.arange(0, BLOCK_H)
-        before = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-        for d_start in range(0, D, BLOCK_D):
-            d = d_start + tl.arange(0, BLOCK_D)
-            x_tile = tl.load(
-                x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0
-            )
-            w_tile = tl.load(w1 + h[None, :] * D + d[:, None], mask=(h < H)[None, :] & (d < D)[:, None], other=0.0)
-            before = product(x_tile.to(dtype), w_tile.to(dtype), before, PRECISION, UPCAST)
-        before += tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        before = narrow(before, dtype, UPCAST)
-        if KEEP:
-            tl.store(hidden_out + out_row[:, None] * H + h[None, :], before, mask=here[:, None] & (h < H)[None, :])
-        after = narrow(activate(before.to(tl.float32), ACTIVATION), dtype, UPCAST)
-        v_tile = tl.load(w2 + e[None, :] * H + h[:, None], mask=(e < E)[None, :] & (h < H)[:, None], other=0.0)
-        y = product(after, v_tile.to(dtype), y, PRECISION, UPCAST)
-    y += tl.load(b2 + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    norm = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), MIN_NORM)
-    if NORMALIZE:
-        y = y / norm[:, None]
-    tl.store(norm_out + out_row, norm, mask=here)
-    at = row.to(tl.int64)[:, None] * E + e[None, :]
-    narrowed = narrow(y, dtype, UPCAST)
-    tl.store(z + at, narrowed, mask=here[:, None] & (e < E)[None, :])
-    if HALVE:
-        half = narrowed.to(tl.float32).to(tl.float16)
-        tl.store(half_out + out_row[:, None] * E + e[None, :], half, mask=here[:, None] & (e < E)[None, :])
+        kept = hidden_out + out_row[:, None] * H + h[None, :]
+        inside = here[:, None] & (h < H)[None, :]
+        if LAYERS == "second":
+            before = tl.load(kept, mask=inside, other=0.0)
+        else:
+            wide = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+            for d_start in range(0, D, BLOCK_D):
+                d = d_start + tl.arange(0, BLOCK_D)
+                x_at = row.to(tl.int64)[:, None] * stride + d[None, :]
+                x_tile = tl.load(x + x_at, mask=here[:, None] & (d < D)[None, :], other=0.0)
+                w_at = h[None, :] * D + d[:, None]
+                w_tile = tl.load(w1 + w_at, mask=(h < H)[None, :] & (d < D)[:, None], other=0.0)
+                wide = product(x_tile.to(dtype), w_tile.to(dtype), wide, PRECISION, UPCAST)
+            wide += tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+            before = narrow(wide, dtype, UPCAST)
+            if KEEP:
+                tl.store(kept, before, mask=inside)
+        if LAYERS != "first":
+            after = narrow(activate(before.to(tl.float32), ACTIVATION), dtype, UPCAST)
+            v_tile = tl.load(w2 + e[None, :] * H + h[:, None], mask=(e < E)[None, :] & (h < H)[:, None], other=0.0)
+            y = product(after, v_tile.to(dtype), y, PRECISION, UPCAST)
+    if LAYERS != "first":
+        y += tl.load(b2 + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+        norm = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), MIN_NORM)
+        if NORMALIZE:
+            y = y / norm[:, None]
+        tl.store(norm_out + out_row, norm, mask=here)
+        at = row.to(tl.int64)[:, None] * E + e[None, :]
+        narrowed = narrow(y, dtype, UPCAST)
+        tl.store(z + at, narrowed, mask=here[:, None] & (e < E)[None, :])
+        if HALVE:
+            half = narrowed.to(tl.float32).to(tl.float16)
+            tl.store(half_out + out_row[:, None] * E + e[None, :], half, mask=here[:, None] & (e < E)[None, :])
 
 
 @triton.jit
