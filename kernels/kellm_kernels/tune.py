@@ -86,7 +86,7 @@ def best_tiles(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
-    candidates: Mapping[str, Sequence[Tile]] = CANDIDATES,
+    candidates: Mapping[str, Sequence[Tile]],
     timer: Timer,
 ) -> Iterator[dict[str, Any]]:
     """A row for each kernel: its fastest tile, and the time of the plan's own.
@@ -209,7 +209,8 @@ def main() -> None:
             continue
         encoding, hidden, embedding = (int(dim) for dim in dims.split(","))
         case = Case(encoding, hidden, embedding, rows, directions == 2)
-        for row in best_tiles(case, device=device, timer=wall_milliseconds if interpreted else gpu_milliseconds):
+        timer = wall_milliseconds if interpreted else gpu_milliseconds
+        for row in best_tiles(case, device=device, candidates=CANDIDATES, timer=timer):
             append_row(options.out, row | place)
             _say(" ".join(f"{name}={row[name]}" for name in row))
 

@@ -125,6 +125,29 @@ def test_the_tool_writes_a_table_that_launches_take(tmp_path: Path, monkeypatch:
 
 
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a table for the interpreter")
+def test_the_command_measures_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kellm_kernels import tune
+
+    path = tmp_path / "mine.csv"
+    asked = ["--dims", "24,16,8", "--batches", "20", "40", "--directions", "1", "2", "--commit", "abc"]
+    monkeypatch.setattr("sys.argv", ["tune", "--out", str(path), *asked])
+    monkeypatch.setattr(tune, "CANDIDATES", {"contrast_columns": [Tile(16, 16, 0, 4, 1)]})
+    tune.main()
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rows"], row["symmetric"]) for row in rows] == [
+        ("20", "False"), ("40", "False"), ("20", "True"), ("40", "True"),
+    ]  # fmt: skip
+    assert {(row["gpu"], row["device"], row["commit"]) for row in rows} == {("interpreter", "interpreter", "abc")}
+    assert all(0 < float(row["ms"]) <= float(row["plan_ms"]) for row in rows)
+    assert len(read_tiles(path)) == 2
+    assert capsys.readouterr().out.count("kernel=contrast_columns") == 4
+
+
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory is written from outside a kernel")
 def test_a_tile_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kellm_kernels import fused, tune
