@@ -88,9 +88,29 @@ def provenance(*packages: str, commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def require_columns(path: Path, columns: Sequence[str]) -> None:
+    """Raise SystemExit where a file of rows has other columns than those that are to be written, or another order."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        seen = next(csv.reader(file), [])
+    if seen != list(columns):
+        missing, other = sorted(set(columns) - set(seen)), sorted(set(seen) - set(columns))
+        raise SystemExit(
+            f"{path}: its columns are not those of this benchmark (missing: {', '.join(missing) or 'none'}; not known "
+            f"here: {', '.join(other) or 'none'}; the order counts too). Write to another file, or give its rows the "
+            f"columns {','.join(columns)}"
+        )
+
+
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV, with a header where it is new; what a row has beside the columns is left out."""
+    """Add rows to a CSV, with a header where it is new; what a row has beside the columns is left out.
+
+    Raises:
+        SystemExit: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_columns(path, columns)
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")

@@ -8,27 +8,40 @@ pairs are random: they have the shapes of real ones (384 numbers, 20 neighbours)
 to warm up goes before the one that is measured, and variants take turns, in another order every turn. Each process
 has `--threads` threads; `cpu_s` is of all processes, and `ctr` the cross entropy of the measured epoch. With
 `--device cuda` the machine's name ends in the GPU's; two ranks need two of them.
+
+The contrastive term alone is another in `..._eager_loss`, plain PyTorch with all logits (`EagerInfoNCE`), and in
+`..._torch_loss`, `AdapterInfoNCE(impl="torch")`; losses and gradients are first shown to agree on a batch. `ready...`
+is `ours...` with its batches made, positives drawn and all of it on the device since the epoch before, so that forward,
+backward and optimizer alone are measured. The term has a row for each distinct user, or item, of a batch:
+MovieLens-100K has 943 and 1,682, however large the batch. `--catalogue N` makes up N users and N items, and needs no
+data:
+
+python benchmarks/bench_train.py --device cuda --catalogue 50000 --batch-size 16384 --examples 327680 --threads 8 \
+    --backbone deepfm --impl ready --impl ready_eager_loss --impl ready_bfloat16 --impl ready_bfloat16_eager_loss
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import multiprocessing
 import os
 import platform
 import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import torch
 import torch.distributed as dist
-from bench_place import git_commit, processor
-from peers_train import PlainFeatures, PlainLoop
+from bench_place import append_rows, git_commit, processor, require_columns
+from peers_train import EagerInfoNCE, PlainFeatures, PlainLoop
+from torch import Tensor
 
 from kellm_features.artifacts import require_artifact
 from kellm_features.data import ingest
@@ -36,11 +49,13 @@ from kellm_features.schemas import INTERACTIONS, ITEM_ENCODINGS, ITEMS, USER_ENC
 from kellm_features.settings import Settings, TrainSettings
 from kellm_features.stages import StageContext
 from kellm_features.training.data import CtrData, Examples, build_ctr_data
-from kellm_features.training.device import take_gpu
+from kellm_features.training.device import take_gpu, training_device
 from kellm_features.training.encodings import read_encodings
-from kellm_features.training.knowledge import KnowledgeAugmented
+from kellm_features.training.knowledge import KnowledgeAugmented, Side
+from kellm_features.training.loader import Batch, BatchLoader
 from kellm_features.training.pairs import PositiveSampler, read_pairs
 from kellm_features.training.ranks import Ranks, backend
+from kellm_features.training.sides import SideBuilder
 from kellm_features.training.stage import build_model
 from kellm_features.training.trainer import Trainer
 from kellm_features.usage import Usage, measure
@@ -52,7 +67,8 @@ COLUMNS = (
 ).split()
 SIDES = ("user", "item")
 SEED = 7
-VARIANTS: dict[str, dict[str, Any]] = {
+EAGER, TORCH, READY = "_eager_loss", "_torch_loss", "ready"
+PLAIN: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_workers_2": {"workers": 2},
     "ours": {},
@@ -61,6 +77,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours_bfloat16": {"precision": "bfloat16"},
     "ours_compile": {"compile": True},
     "ours_ranks_2": {"ranks": 2},
+}
+"""What runs unless `--impl` names others."""
+VARIANTS = PLAIN | {
+    f"{kind}{form}{loss}": PLAIN[f"ours{form}"]
+    for kind in ("ours", READY)
+    for form in ("", "_bfloat16")
+    for loss in ("", EAGER, TORCH)
 }
 
 
@@ -82,10 +105,55 @@ class TimedTrainer(Trainer):
             super()._epoch(epoch, advance)
 
 
+class ReadyBatches(BatchLoader):
+    """The batches of another loader, made and on the device."""
+
+    def __init__(self, loader: BatchLoader, device: torch.device) -> None:
+        self.rows = loader.rows
+        self._batches = [
+            batch._replace(features=batch.features.to(device), label=batch.label.to(device)) for batch in loader
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+class ReadySides(SideBuilder):
+    """What another builder makes of a batch, made once."""
+
+    def __init__(self, builder: SideBuilder) -> None:
+        self.__dict__.update(builder.__dict__)
+        self._made: dict[int, dict[str, Side]] = {}
+
+    def of_batch(
+        self, own: Mapping[str, Tensor], whole: Mapping[str, Tensor], generator: torch.Generator, **options: Any
+    ) -> dict[str, Side]:
+        batch = id(whole["user"])  # ready batches stay
+        if batch not in self._made:
+            self._made[batch] = super().of_batch(own, whole, generator, **options)
+        return self._made[batch]
+
+
+class ReadyTrainer(TimedTrainer):
+    """Takes the batches and positives of the first epoch in all of them."""
+
+    batches: ReadyBatches | None = None
+
+    def _loader(self, epoch: int) -> BatchLoader:
+        if self.batches is None:
+            self.batches = ReadyBatches(super()._loader(epoch), self.device)
+            self.sides = ReadySides(self.sides)
+        return self.batches
+
+
 def main() -> None:
     """Every variant in turn, for each backbone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run with ingest, swing and encode, instead of MovieLens-100K")
+    parser.add_argument("--catalogue", type=int, help="make up so many users and items, instead of MovieLens-100K")
     parser.add_argument("--examples", type=int, default=20_480, help="train examples at most")
     parser.add_argument("--batch-size", type=int, default=TrainSettings().batch_size)
     parser.add_argument("--backbone", action="append", choices=["deepfm", "din", "dien"])
@@ -94,9 +162,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each process that computes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--commit", help="instead of asking git")
+    parser.add_argument("--out", type=Path, default=OUT, help="CSV to append to")
     options = parser.parse_args()
+    require_columns(options.out, COLUMNS)
     torch.set_num_threads(options.threads)
-    world = read_world(options.run, options.examples)
+    world = read_world(options)
     place = {
         "machine": machine(options.device),
         "cores": os.cpu_count(),
@@ -106,16 +176,20 @@ def main() -> None:
         "commit": options.commit or git_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    impls = options.impl or list(VARIANTS)
+    impls = options.impl or list(PLAIN)
     for backbone in options.backbone or ["deepfm", "din", "dien"]:
-        require_equal(world, train_settings(backbone, options.batch_size, options.device))
+        settings = train_settings(backbone, options.batch_size, options.device)
+        require_equal(world, settings)
+        for loss in (EAGER, TORCH):
+            if any(impl.endswith(loss) for impl in impls):
+                require_equal_losses(world, settings, loss)
         for turn in range(options.turns):
             for impl in impls if turn % 2 == 0 else impls[::-1]:
                 settings = train_settings(backbone, options.batch_size, options.device, **VARIANTS[impl])
                 row = run(impl, world, settings, options)
                 row |= {"turn": turn + 1, "threads": options.threads, **place}
                 print(*(f"{name} {row[name]}" for name in COLUMNS[5:20]), sep=", ", flush=True)
-                append(row)
+                append_rows(options.out, COLUMNS, [row])
 
 
 def machine(device: str) -> str:
@@ -130,24 +204,19 @@ def train_settings(backbone: str, batch_size: int, device: str, **variant: Any) 
     return TrainSettings(backbone=backbone, batch_size=batch_size, **printed, **fixed, **variant)
 
 
-def read_world(run_dir: Path | None, examples: int) -> World:
+def read_world(options: argparse.Namespace) -> World:
     """Examples, encodings and samplers, cut to so many train examples and few to validate on."""
-    with tempfile.TemporaryDirectory() as folder:
-        if run_dir is None:
-            ingest.run(StageContext(Settings(), Path(folder), Path(folder), Path(folder), {}, {}, None))
-        tables = Path(folder) if run_dir is None else require_artifact(run_dir, "ingest", "train").path
-        data = build_ctr_data(
-            read_table(tables / "interactions.parquet", INTERACTIONS),
-            read_table(tables / "items.parquet", ITEMS),
-            read_table(tables / "users.parquet", USERS),
-            split="user",
-            max_history=Settings().history.max_events,
-            ties="shuffle",  # keeps targets, which is all that counts here
-            seed=SEED,
-        )
-    data = replace(data, examples={part: head(rows, part, examples) for part, rows in data.examples.items()})
-    if run_dir is None:
-        return World("ml-100k", data, *made_up(data))
+    run_dir = options.run
+    data = build_ctr_data(
+        *(invented(options.catalogue) if options.catalogue else read_tables(run_dir)),
+        split="user",
+        max_history=Settings().history.max_events,
+        ties="shuffle",  # keeps targets, which is all that counts here
+        seed=SEED,
+    )
+    data = replace(data, examples={part: head(rows, part, options.examples) for part, rows in data.examples.items()})
+    if run_dir is None or options.catalogue:
+        return World(f"made-up-{options.catalogue}" if options.catalogue else "ml-100k", data, *made_up(data))
     encoded, swing = (require_artifact(run_dir, stage, "train").path for stage in ("encode", "swing"))
     known = {"user": (data.user_ids, data.user_in_train), "item": (data.item_ids, data.item_in_train)}
     schemas = {"user": USER_ENCODINGS, "item": ITEM_ENCODINGS}
@@ -158,6 +227,49 @@ def read_world(run_dir: Path | None, examples: int) -> World:
         {s: read_encodings(encoded / f"{s}_encodings.parquet", schemas[s], known[s][0]).vectors for s in SIDES},
         {s: read_pairs(swing / f"{s}_pairs.parquet", *known[s], f"{s}_id", top_k) for s in SIDES},
     )
+
+
+def read_tables(run_dir: Path | None) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Interactions, items and users of a run, or MovieLens-100K's."""
+    with tempfile.TemporaryDirectory() as folder:
+        if run_dir is None:
+            ingest.run(StageContext(Settings(), Path(folder), Path(folder), Path(folder), {}, {}, None))
+        tables = Path(folder) if run_dir is None else require_artifact(run_dir, "ingest", "train").path
+        return (
+            read_table(tables / "interactions.parquet", INTERACTIONS),
+            read_table(tables / "items.parquet", ITEMS),
+            read_table(tables / "users.parquet", USERS),
+        )
+
+
+def invented(count: int) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Interactions, items and users: so many users with 30 events each, so many items, popular by 1/(rank + 33.5)."""
+    rng = np.random.default_rng(SEED)
+    events = 30 * count
+    popularity = 1 / (np.arange(count) + 33.5)
+    frame = pd.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(count), 30),
+            "item_id": rng.permutation(count)[rng.choice(count, events, p=popularity / popularity.sum())],
+            "rating": np.float32(3),
+            "liked": rng.random(events) < 0.5,
+            "event_timestamp": pd.to_datetime(rng.integers(0, 10**9, events), unit="s", utc=True).as_unit("us"),
+        }
+    ).drop_duplicates(["user_id", "item_id"])
+    parts = np.where(np.arange(count) % 20 == 0, "valid", np.where(np.arange(count) % 20 == 1, "test", "train"))
+    frame["split"] = parts[frame["user_id"]]
+    names = np.array([f"genre {number}" for number in range(18)])
+    genres = [list(names[np.unique(row)]) for row in rng.integers(0, 18, (count, 2))]
+    years = rng.integers(1930, 2000, count).astype(np.int32)
+    items = pd.DataFrame({"item_id": np.arange(count), "title": "", "year": years, "genres": genres})
+    users = pd.DataFrame({"user_id": np.arange(count)})
+    for name, kinds in (("gender", 2), ("age", 7), ("occupation", 21)):
+        users[name] = rng.integers(0, kinds, count).astype(str)
+    interactions, items, users = (
+        pa.Table.from_pandas(table[schema.names], schema=schema.arrow(), preserve_index=False)
+        for table, schema in ((frame, INTERACTIONS), (items, ITEMS), (users, USERS))
+    )
+    return interactions, items, users
 
 
 def head(rows: Examples, part: str, examples: int) -> Examples:
@@ -179,9 +291,14 @@ def made_up(data: CtrData) -> tuple[dict[str, torch.Tensor], dict[str, PositiveS
     return encodings, samplers
 
 
-def model_of(world: World, settings: TrainSettings) -> KnowledgeAugmented:
-    """The model of all variants, with the same initial weights."""
-    return build_model(world.data, world.encodings, settings, SEED, gather=settings.ranks > 1)
+def model_of(world: World, settings: TrainSettings, impl: str = "ours") -> KnowledgeAugmented:
+    """The model of all variants, with the same initial weights, and the contrastive term that this one has."""
+    model = build_model(world.data, world.encodings, settings, SEED, gather=settings.ranks > 1)
+    if impl.endswith(EAGER):
+        model.contrast = EagerInfoNCE(temperature=settings.temperature, reduction=settings.reduction)
+    elif impl.endswith(TORCH):
+        model.contrast.impl = "torch"
+    return model
 
 
 def require_equal(world: World, settings: TrainSettings) -> None:
@@ -197,6 +314,26 @@ def require_equal(world: World, settings: TrainSettings) -> None:
         )
 
 
+def require_equal_losses(world: World, settings: TrainSettings, impl: str) -> None:
+    """Another contrastive term gives the same value, embeddings and gradients on a batch, in float32."""
+    device = training_device(settings)
+    rows = world.data.examples["train"]
+    ids = {"user": rows.user[: settings.batch_size], "item": rows.item[: settings.batch_size]}
+    encodings = {side: vectors.to(device) for side, vectors in world.encodings.items()}
+    builder = SideBuilder(encodings, world.samplers, SIDES, Ranks())
+    sides = builder.of_batch(ids, ids, torch.Generator().manual_seed(SEED), contrast=True)
+    ours, theirs = model_of(world, settings).to(device), model_of(world, settings, impl).to(device)
+    for side in SIDES:
+        found = []
+        for model in (ours, theirs):
+            term, z = model.contrastive(side, sides[side])
+            weights = list(model.adapters[side].parameters())
+            found.append((term, z, *torch.autograd.grad(term / len(z), weights)))
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, mine, rtol=1e-3, atol=1e-3 * float(mine.detach().abs().max()))
+        print(f"{impl.strip('_')}, {side}: {len(sides[side].positives)} rows, {found[1][0]:.6f} and {found[0][0]:.6f}")
+
+
 def run(impl: str, world: World, settings: TrainSettings, options: argparse.Namespace) -> dict[str, Any]:
     """The cost of a variant's second epoch."""
     if impl.startswith("plain"):
@@ -208,7 +345,7 @@ def run(impl: str, world: World, settings: TrainSettings, options: argparse.Name
     elif settings.ranks > 1:
         done = run_ranks(settings, options)
     else:
-        done = [train(world, settings, Ranks())]
+        done = [train(impl, world, settings, Ranks())]
     cpu_s, wall_s = sum(usage.cpu_seconds for usage, _ in done), max(usage.seconds for usage, _ in done)
     count = len(world.data.examples["train"])
     return {
@@ -229,10 +366,11 @@ def run(impl: str, world: World, settings: TrainSettings, options: argparse.Name
     }
 
 
-def train(world: World, settings: TrainSettings, ranks: Ranks) -> tuple[Usage, float]:
+def train(impl: str, world: World, settings: TrainSettings, ranks: Ranks) -> tuple[Usage, float]:
     """Two epochs by the package's trainer: the cost of the second, and its cross entropy."""
-    model = model_of(world, settings)
-    trainer = TimedTrainer(model, world.data, world.encodings, world.samplers, settings, seed=SEED, ranks=ranks)
+    model = model_of(world, settings, impl)
+    kind = ReadyTrainer if impl.startswith(READY) else TimedTrainer
+    trainer = kind(model, world.data, world.encodings, world.samplers, settings, seed=SEED, ranks=ranks)
     history = trainer.fit()
     return trainer.usage, history.epochs[-1]["ctr"]
 
@@ -242,35 +380,20 @@ def run_ranks(settings: TrainSettings, options: argparse.Namespace) -> list[tupl
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         with ProcessPoolExecutor(settings.ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = [
-                pool.submit(rank, number, meeting, settings, options.run, options.examples, options.threads)
-                for number in range(settings.ranks)
-            ]
+            jobs = [pool.submit(rank, number, meeting, settings, options) for number in range(settings.ranks)]
             return [job.result() for job in jobs]
 
 
-def rank(
-    number: int, meeting: str, settings: TrainSettings, run_dir: Path | None, examples: int, threads: int
-) -> tuple[Usage, float]:
+def rank(number: int, meeting: str, settings: TrainSettings, options: argparse.Namespace) -> tuple[Usage, float]:
     """One rank's part."""
-    torch.set_num_threads(threads)
-    world = read_world(run_dir, examples)
+    torch.set_num_threads(options.threads)
+    world = read_world(options)
     device = take_gpu(settings, number)
     dist.init_process_group(backend(device), init_method=meeting, rank=number, world_size=settings.ranks)
     try:
-        return train(world, settings, Ranks.joined(device))
+        return train("ours", world, settings, Ranks.joined(device))
     finally:
         dist.destroy_process_group()
-
-
-def append(row: dict[str, Any]) -> None:
-    """Add a row to the table, with a header where it is new."""
-    new = not OUT.exists()
-    with OUT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A variant is built for one `Problem` and gives a function (anchors, positives) -> loss. Two operations are measured:
 `adapter_info_nce` takes frozen encodings (B, D) through the adapter to the loss and has gradients on the four weights;
 `info_nce` takes unit embeddings (B, E) and has gradients on both. With `directions` 2 the loss is the mean of both.
+What all of them are held to is `true_values`, in float64.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from kellm_kernels import adapter_info_nce, info_nce
 
@@ -22,6 +24,13 @@ TEMPERATURE = 0.03
 OPS = ("adapter_info_nce", "info_nce")
 Loss = Callable[[Tensor, Tensor], Tensor]
 CUDA_MINI_BATCH, CPU_MINI_BATCH = 1024, 256  # of Cached MNRL, whose default of 32 is for transformers, not for MLPs
+CUDA_CHUNK, CPU_CHUNK = 1 << 26, 1 << 20  # logits that `chunked` holds at once: 256 and 4 MiB in float32
+CUDA_BLOCK, CPU_BLOCK = 1 << 29, 1 << 22  # logits that the truth holds at once: 4 GiB and 32 MiB in float64
+SMALL = 4096  # rows up to which launches weigh: CUDA adds wall clock and graphs
+CHECKS = {
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (2e-2, 0.15),
+}  # tolerance of the loss, and of the gradients' norm
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,41 @@ def _eager(problem: Problem) -> Loss:
     return loss
 
 
+def _chunked(problem: Problem) -> Loss:
+    rows = problem.shape.rows
+    step = max(1, (CUDA_CHUNK if problem.device.type == "cuda" else CPU_CHUNK) // rows)
+    targets = torch.arange(rows, device=problem.device).split(step)
+
+    def block(q: Tensor, k: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(q @ k.T / TEMPERATURE, target, reduction="sum")
+
+    def one(q: Tensor, k: Tensor) -> Tensor:
+        sums = [
+            checkpoint(block, part, k, target, use_reentrant=False, preserve_rng_state=False)
+            for part, target in zip(q.split(step), targets, strict=True)
+        ]
+        return torch.stack(sums).sum() / rows
+
+    def loss(x: Tensor, x_pos: Tensor) -> Tensor:
+        q, k = problem.embed(x), problem.embed(x_pos)
+        return one(q, k) if problem.directions == 1 else (one(q, k) + one(k, q)) / 2
+
+    return loss
+
+
 def _compiled(mode: str | None) -> Callable[[Problem], Loss]:
     def make(problem: Problem) -> Loss:
-        if mode == "reduce-overhead" and problem.device.type != "cuda":
-            raise NotHereError("CUDA graphs need CUDA")
+        if mode == "reduce-overhead":
+            if problem.device.type != "cuda":
+                raise NotHereError("CUDA graphs need CUDA")
+            if problem.shape.rows > SMALL:
+                raise NotHereError(f"up to B = {SMALL} alone: its graphs keep (B, B) buffers while the others run")
+        if problem.device.type == "cuda":
+            logits = problem.shape.rows**2 * problem.dtype.itemsize
+            memory = torch.cuda.get_device_properties(problem.device).total_memory
+            if logits > memory:  # known before it compiles for a while
+                sizes = f"{logits / 2**30:.0f} GiB, and the device has {memory / 2**30:.0f}"
+                raise NotHereError(f"out of memory: its product writes (B, B) logits, {sizes}")
         return torch.compile(_eager(problem), dynamic=False, mode=mode)
 
     return make
@@ -237,6 +277,7 @@ _BUILDERS: dict[str, Callable[[Problem], Loss]] = {
     "ours_triton": _ours("triton"),
     "ours_torch": _ours("torch"),
     "eager": _eager,
+    "chunked": _chunked,
     "compile": _compiled(None),
     "compile_reduce_overhead": _compiled("reduce-overhead"),
     "st_mnrl": _sentence_transformers(cached=False),
@@ -247,36 +288,74 @@ _BUILDERS: dict[str, Callable[[Problem], Loss]] = {
 IMPLS = tuple(_BUILDERS)
 
 
-def true_loss(problem: Problem, index: int, chunk_elements: int) -> float:
-    """The mean loss of inputs `index` by blocks of logits, float32 (float64 on the CPU), without a variant's code."""
-    wide = torch.float64 if problem.device.type == "cpu" else torch.float32
-    with torch.no_grad():
-        sides = []
-        for x in problem.pool[index]:
-            v = x.to(wide)
-            if problem.op == "adapter_info_nce":
-                w1, b1, w2, b2 = (w.to(wide) for w in problem.weights)
-                v = functional.gelu(v @ w1.T + b1) @ w2.T + b2
-                v = v / v.norm(dim=1, keepdim=True)
-            sides.append(v)
-        total = 0.0
-        for q, k in ((sides[0], sides[1]), (sides[1], sides[0]))[: problem.directions]:
-            step = max(1, chunk_elements // len(k))
-            for start in range(0, len(q), step):
-                block = q[start : start + step]
-                own = (block * k[start : start + step]).sum(1)
-                rows = torch.logsumexp(block @ k.T / TEMPERATURE, dim=1) - own / TEMPERATURE
-                total += float(rows.double().sum())
-    return total / (problem.shape.rows * problem.directions)
+class Values(NamedTuple):
+    """A loss and the gradients of `Problem.leaves`."""
+
+    loss: float
+    gradients: list[Tensor]
 
 
-def true_gradients(problem: Problem, index: int) -> list[Tensor]:
-    """Gradients of inputs `index` in float32 by plain autograd: it holds (B, B) tensors."""
-    leaves = problem.leaves(index)
-    x, x_pos = problem.pool[index]
+class Errors(NamedTuple):
+    """How far off: |loss − truth| / |truth|, and the norm of all gradients' error together over that of the truth."""
+
+    loss: float = 0.0
+    gradients: float = 0.0
+
+
+def true_values(problem: Problem, index: int, block_elements: int | None = None) -> Values:
+    """Loss and gradients of inputs `index`, in float64 from those very inputs, without a variant's code.
+
+    Logits are there a block of rows at a time. With the softmax P of Q·Kᵀ/τ over columns, the gradients of the mean
+    loss are dQ = (P − I)·K / (τB) and dK = (P − I)ᵀ·Q / (τB); autograd takes them through the adapter.
+
+    Args:
+        problem: op, directions and inputs.
+        index: of the pool's inputs.
+        block_elements: logits of a block at most, but a row at least; None: by device.
+    """
+    if block_elements is None:
+        block_elements = CUDA_BLOCK if problem.device.type == "cuda" else CPU_BLOCK
+    weights = [weight.detach().double().requires_grad_() for weight in problem.weights]
+    sides = [x.detach().double() for x in problem.pool[index]]
     if problem.op == "adapter_info_nce":
-        loss = _eager(problem)(x.float(), x_pos.float())
-    else:
-        wide = [v.detach().float().requires_grad_() for v in (x, x_pos)]
-        loss, leaves = _eager(problem)(wide[0], wide[1]), wide
-    return list(torch.autograd.grad(loss, leaves))
+        w1, b1, w2, b2 = weights
+        sides = [functional.gelu(x @ w1.T + b1) @ w2.T + b2 for x in sides]
+        sides = [z / z.norm(dim=1, keepdim=True) for z in sides]
+    (q, k), (dq, dk) = (z.detach() for z in sides), (torch.zeros_like(z) for z in sides)
+    total = 0.0
+    for anchors, columns, d_anchors, d_columns in ((q, k, dq, dk), (k, q, dk, dq))[: problem.directions]:
+        step = max(1, block_elements // len(columns))
+        for start in range(0, len(anchors), step):
+            rows = slice(start, start + step)
+            p = torch.softmax(anchors[rows] / TEMPERATURE @ columns.T, dim=1)
+            own = p.diagonal(start)
+            total -= float(own.log().sum())
+            own -= 1
+            d_anchors[rows] += p @ columns
+            d_columns += p.T @ anchors[rows]
+    terms = problem.shape.rows * problem.directions
+    gradients = [dz / (TEMPERATURE * terms) for dz in (dq, dk)]
+    if problem.op == "adapter_info_nce":
+        gradients = list(torch.autograd.grad(sides, weights, gradients))
+    return Values(total / terms, gradients)
+
+
+def check(problem: Problem, index: int, loss: Tensor, truth: Values) -> Errors:
+    """How far a loss, and the gradients that its backward left on the leaves of `index`, are from the truth.
+
+    Raises:
+        ValueError: further than `CHECKS` allows, or a gradient is missing.
+    """
+    tolerance, grad_tolerance = CHECKS[problem.dtype]
+    value = float(loss.detach())
+    if not abs(value - truth.loss) <= tolerance * (1 + abs(truth.loss)):
+        raise ValueError(f"loss {value:.6g}, expected {truth.loss:.6g}: not timed")
+    apart = 0.0
+    for leaf, wanted in zip(problem.leaves(index), truth.gradients, strict=True):
+        if leaf.grad is None:
+            raise ValueError("a gradient is missing: not timed")
+        apart += float((leaf.grad.double() - wanted).square().sum())
+    error = (apart / sum(float(wanted.square().sum()) for wanted in truth.gradients)) ** 0.5
+    if not error <= grad_tolerance:
+        raise ValueError(f"gradients off by {error:.2g} of their norm: not timed")
+    return Errors(abs(value - truth.loss) / abs(truth.loss), error)

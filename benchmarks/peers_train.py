@@ -4,11 +4,13 @@ A `TensorDataset` of (user, item, label), a `DataLoader` whose `collate_fn` look
 users and items, PyTorch's AdamW as it comes, and the model of the package, called eagerly. Each example is adapted and
 contrasted by itself, as the paper writes the loss: its user and its item are anchors, one drawn neighbour of each is
 the positive, and the other examples' positives are negatives. Each event of a history is embedded by itself.
+
+`EagerInfoNCE` is the contrastive term alone as one writes it, for the package's own trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,10 +18,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from kellm_features.settings import TrainSettings
+from kellm_features.training.adapter import Adapter
 from kellm_features.training.data import ATTRIBUTES, HISTORY_DROPOUT, ID_DROPOUT, CtrData
 from kellm_features.training.device import training_device
 from kellm_features.training.features import DISLIKED, LIKED, Bag, Features
 from kellm_features.training.knowledge import KnowledgeAugmented
+from kellm_features.training.losses import AdapterInfoNCE
 from kellm_features.training.optimizer import joint_optimizer
 from kellm_features.training.pairs import PositiveSampler
 
@@ -147,6 +151,41 @@ class PlainLoop:
         logits = z[has_positive] @ z_positive.T / self.settings.temperature
         rows = torch.arange(len(logits), device=self.device)
         return functional.cross_entropy(logits, rows, reduction=self.settings.reduction)
+
+
+class EagerInfoNCE(AdapterInfoNCE):
+    """`AdapterInfoNCE` in plain PyTorch: both towers, (B, B) logits, masks by id, cross entropy.
+
+    For what one rank gives it: an `Adapter`, ids, and neither negatives beside the batch nor weights nor log q.
+    """
+
+    def forward(
+        self,
+        adapter: Callable[[Tensor], Tensor],
+        x: Tensor,
+        x_pos: Tensor,
+        *,
+        x_neg: Tensor | None = None,
+        anchor_ids: Tensor | None = None,
+        positive_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        log_q: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, z and z_pos."""
+        given = any(value is not None for value in (x_neg, negative_ids, log_q, sample_weight))
+        if given or not isinstance(adapter, Adapter) or anchor_ids is None or positive_ids is None:
+            raise ValueError("the eager loss takes an Adapter, anchor_ids and positive_ids, and nothing beside them")
+        w1, b1, w2, b2 = adapter.weights()
+        act = functional.gelu if adapter.activation == "gelu" else functional.relu
+        z, z_pos = (functional.linear(act(functional.linear(v, w1, b1)), w2, b2) for v in (x, x_pos))
+        if adapter.normalize:
+            z, z_pos = functional.normalize(z, dim=1), functional.normalize(z_pos, dim=1)
+        anchor = anchor_ids[:, None]
+        masked = (anchor == anchor_ids) | (anchor == positive_ids) | (positive_ids[:, None] == positive_ids)
+        logits = (z @ z_pos.T / self.temperature).masked_fill(masked.fill_diagonal_(False), -torch.inf)
+        own = torch.arange(len(logits), device=logits.device)
+        return functional.cross_entropy(logits, own, reduction=self.reduction), z, z_pos
 
 
 def shares(weights: Tensor) -> Tensor:
