@@ -43,8 +43,11 @@ def _largest(grad, pull, B, SECOND: tl.constexpr):
 
 @triton.jit
 def _factor(grad, log_factor, row, mask, shift, ROWS: tl.constexpr):
-    """log₂ of each row's factor in its pairs' weights, and its gradient from upstream where that is by row, else 1."""
-    log = tl.load(log_factor + row, mask=mask, other=-float("inf")) + shift
+    """log₂ of each row's factor in its pairs' weights, and its gradient from upstream where that is by row, else 1.
+
+    Rows beyond the last have any: their pairs are masked by similarity.
+    """
+    log = tl.load(log_factor + row, mask=mask, other=0.0) + shift
     upstream = tl.full(row.shape, 1.0, tl.float32)
     if ROWS:
         upstream = tl.load(grad + row, mask=mask, other=0.0).to(tl.float32)
