@@ -103,9 +103,9 @@ class Timings:
 
     @cached_property
     def impls(self) -> list[str]:
-        """Implementations, what `auto` takes first."""
+        """Implementations, what `auto` takes first; without those that do not run here, or not this problem."""
         known = [self.auto, *(impl for impl in LABELS if impl != self.auto)]
-        seen = {row.impl for row in self.rows}
+        seen = {row.impl for row in self.rows if not row.error.startswith("not run:")}
         return [impl for impl in known if impl in seen] + sorted(seen.difference(known))
 
     @cached_property

@@ -102,12 +102,12 @@ def test_what_the_page_says_of_a_cpu(scripts: SimpleNamespace) -> None:
     assert step.batches == [256, 1024, 4096]
     for batch in step.batches:
         assert min(step.impls, key=lambda impl: ms(step, impl, batch)) == "compile"
-        assert 1.105 <= ms(step, "ours_torch", batch) / ms(step, "compile", batch) < 1.145
+        assert 1.095 <= ms(step, "ours_torch", batch) / ms(step, "compile", batch) < 1.295
     assert sorted(step.impls, key=lambda impl: ms(step, impl, 4096))[:2] == ["compile", "ours_torch"]
     assert min(step.impls, key=lambda impl: step.known(impl, 4096, "peak_mib")) == "ours_torch"
     assert sorted(step.impls, key=lambda impl: ms(step, impl, 256))[-2:] == ["ours_torch", "st_cached_mnrl"]
     assert max(step.impls, key=lambda impl: step.known(impl, 256, "peak_mib")) == "ours_torch"
-    assert ms(loss, "eager", 256) / ms(loss, "ours_torch", 256) == pytest.approx(0.5, abs=0.05)
+    assert 0.4 < ms(loss, "eager", 256) / ms(loss, "ours_torch", 256) < 0.5
 
 
 def test_ratios_the_best_and_the_last_row(scripts: SimpleNamespace, write: Write) -> None:
