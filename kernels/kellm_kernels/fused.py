@@ -1,8 +1,9 @@
 """`impl="triton"`: the operators of `ops` as launches, at most eight for forward and backward together.
 
-Forward: `adapter_forward`, for a small batch layer by layer, `contrast_rows`, `contrast_finish`. Backward:
-`contrast_columns`, `assemble`, `adapter_weights` and, where those sum in parts, `add_parts`; `adapter_encodings` only
-for encodings that take a gradient, and one sum for a temperature that does.
+Forward: `adapter_forward`, for a small batch layer by layer, else after `narrow_weights` where weights are wider than
+products, `contrast_rows`, `contrast_finish`. Backward: `contrast_columns`, `assemble`, `adapter_weights` and, where
+those sum in parts, `add_parts`; `adapter_encodings` only for encodings that take a gradient. A temperature that does is
+one sum more where there are no parts.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def contrast_backward(
     d_negatives = None if vectors.negatives is None else _empty(vectors.negatives)
     with _device_of(grad):
         sums = _column_sums(grad, vectors, problem, rows, plan, None)
-        d_temperature = _assemble(
+        by_block = _assemble(
             grad, vectors, (None, None), problem, rows, plan, sums, None, (d_anchor, d_positive, d_negatives),
             normalize=False, temperature=want_temperature,
         )  # fmt: skip
-    return d_anchor, d_positive, d_negatives, d_temperature
+    return d_anchor, d_positive, d_negatives, None if by_block is None else by_block.sum()
 
 
 def empty_half(z: Tensor, count: int, *, wanted: bool) -> Tensor:
@@ -133,7 +134,10 @@ def adapt(
     hidden = x.new_empty(total if keep else 0, weights.w1.shape[0], dtype=weights.dtype)
     half = empty_half(embeddings[0], total, wanted=halve and weights.normalize)
     with _device_of(x):
-        for layers in plan.layers if keep else ("both",):
+        steps = plan.layers if keep else ("both",)
+        if steps == ("both",):
+            weights = _narrowed(weights)
+        for layers in steps:
             _launch(
                 adapter_kernels.adapter_forward,
                 (
@@ -150,6 +154,20 @@ def adapt(
     return embeddings, norm, hidden, half
 
 
+def _narrowed(weights: AdapterWeights) -> AdapterWeights:
+    """The matrices in the dtype of the products."""
+    if weights.w1.dtype == weights.w2.dtype == weights.dtype:
+        return weights
+    w1, w2 = (torch.empty_like(weight, dtype=weights.dtype) for weight in (weights.w1, weights.w2))
+    _launch(
+        adapter_kernels.narrow_weights,
+        (blocks_of(max(w1.numel(), w2.numel()), _ADD_BLOCK),),
+        weights.w1, weights.w2, w1, w2, **_dims(weights), BLOCK=_ADD_BLOCK, UPCAST=_upcast(weights.dtype),
+        num_warps=_WARPS,
+    )  # fmt: skip
+    return weights._replace(w1=w1, w2=w2)
+
+
 def adapt_backward(
     grad_z: Tensor, x: Tensor, z: Tensor, norm: Tensor, hidden: Tensor, weights: AdapterWeights, *, want_x: bool
 ) -> tuple[Tensor | None, WeightGrads]:
@@ -162,7 +180,7 @@ def adapt_backward(
             None, alone, (grad_z.contiguous(), None), Contrast(1.0), None, plan, None, norm, (d_y, d_y, None),
             normalize=weights.normalize, temperature=False,
         )  # fmt: skip
-        (d_x,), d_weights = _weight_gradients(d_y, [x], hidden, weights, [want_x], 0)
+        (d_x,), d_weights, _ = _weight_gradients(d_y, [x], hidden, weights, [want_x], 0, None)
     return d_x, d_weights
 
 
@@ -200,13 +218,12 @@ def adapt_contrast_backward(
             if half.numel():
                 precise = Vectors(half[:anchors], half[anchors:pairs], half[pairs:] if len(towers) > 2 else None)
             sums = _column_sums(grad, precise, problem, rows, plan, d_y)
-        d_temperature = _assemble(
+        by_block = _assemble(
             grad, vectors, upstream, problem, rows, plan, sums, norm, outs,
             normalize=weights.normalize, temperature=want_temperature,
         )  # fmt: skip
         del sums  # its memory is free for the parts of the weights' gradients
-        d_towers, d_weights = _weight_gradients(d_y, towers, hidden, weights, want_x, len(rows.means))
-    return d_towers, d_weights, d_temperature
+        return _weight_gradients(d_y, towers, hidden, weights, want_x, len(rows.means), by_block)
 
 
 def _column_sums(
@@ -251,7 +268,7 @@ def _assemble(
     normalize: bool,
     temperature: bool,
 ) -> Tensor | None:
-    """Write the whole gradient of each vector into `outs`; return the temperature's, if asked for."""
+    """Write the whole gradient of each vector into `outs`; return the temperature's by blocks, if asked for."""
     anchor, positive, negatives = vectors
     loss = grad is not None and rows is not None
     width = padded(anchor.shape[1])
@@ -273,7 +290,7 @@ def _assemble(
         POSITIVE_UPSTREAM=upstream[1] is not None, NORMALIZE=normalize, TEMPERATURE=temperature and loss,
         MIN_NORM=MIN_NORM, UPCAST=_upcast(anchor.dtype), num_warps=_WARPS,
     )  # fmt: skip
-    return by_block.sum() if temperature else None
+    return by_block if temperature else None
 
 
 def _weight_gradients(
@@ -283,8 +300,12 @@ def _weight_gradients(
     weights: AdapterWeights,
     want_x: Sequence[bool],
     kept_parts: int,
-) -> tuple[list[Tensor | None], WeightGrads]:
-    """From the gradients of the embeddings before normalisation: those of encodings, where wanted, and of weights."""
+    by_block: Tensor | None,
+) -> tuple[list[Tensor | None], WeightGrads, Tensor | None]:
+    """From the gradients of the embeddings before normalisation: those of encodings, where wanted, and of weights.
+
+    What `by_block` holds of the temperature's gradient is added up on the way.
+    """
     plan = _adapter_plan(towers, weights, kept_parts)
     grads = (_empty(weights.w1), _empty(weights.b1), _empty(weights.w2), _empty(weights.b2))
     parts: Sequence[Tensor] = grads
@@ -299,15 +320,19 @@ def _weight_gradients(
         **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
         ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    d_temperature = None
+    if by_block is not None:
+        d_temperature = by_block.new_empty(()) if plan.weight_parts > 1 else by_block.sum()
     if plan.weight_parts > 1:
         longest = max(grad.numel() for grad in grads)
         _launch(
             adapter_kernels.add_parts,
             (blocks_of(longest, _ADD_BLOCK),),
-            *parts, *grads, plan.weight_parts, **dims, BLOCK=_ADD_BLOCK, UPCAST=_upcast(grads[0].dtype),
-            num_warps=_WARPS,
+            *parts, *grads, plan.weight_parts, _or(by_block, d_y), _or(d_temperature, d_y),
+            0 if by_block is None else by_block.numel(),
+            **dims, BLOCK=_ADD_BLOCK, FURTHER=by_block is not None, UPCAST=_upcast(grads[0].dtype), num_warps=_WARPS,
         )  # fmt: skip
-    return _encoding_gradients(d_y, towers, hidden, weights, want_x, plan), grads
+    return _encoding_gradients(d_y, towers, hidden, weights, want_x, plan), grads, d_temperature
 
 
 def _encoding_gradients(

@@ -16,6 +16,7 @@ from .oracle import needs_triton
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 KERNELS = {
+    "narrow_weights",
     "adapter_forward",
     "contrast_rows",
     "contrast_finish",

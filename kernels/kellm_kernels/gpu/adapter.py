@@ -26,6 +26,24 @@ def _tower(block, n0, n1, n2, BLOCK: tl.constexpr):
     return which, (block - before) * BLOCK
 
 
+@triton.jit
+def _narrow(source, target, at, count, UPCAST: tl.constexpr):
+    inside = at < count
+    value = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + at, narrow(value, target.dtype.element_ty, UPCAST), mask=inside)
+
+
+@triton.jit
+def narrow_weights(
+    w1, w2, w1_out, w2_out,
+    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Both matrices in the dtype of the products, for programs that each read the whole of them."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _narrow(w1, w1_out, at, H * D, UPCAST)
+    _narrow(w2, w2_out, at, E * H, UPCAST)
+
+
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def adapter_forward(
     x0, x1, x2, stride0, stride1, stride2, n0, n1, n2, w1, b1, w2, b2, z0, z1, z2, norm_out, hidden_out, half_out,
@@ -190,10 +208,18 @@ def _add_parts(source, parts, target, at, COUNT: tl.constexpr, UPCAST: tl.conste
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts(
-    w1_in, b1_in, w2_in, b2_in, w1_out, b1_out, w2_out, b2_out, parts,
-    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    w1_in, b1_in, w2_in, b2_in, w1_out, b1_out, w2_out, b2_out, parts, further_in, further_out, further,
+    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, FURTHER: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """The parts that `adapter_weights` wrote, added in their order."""
+    """The parts that `adapter_weights` wrote, added in their order; with FURTHER, some more numbers to their sum."""
+    if FURTHER:
+        first = tl.program_id(0) == 0
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, tl.where(first, further, 0), BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            sums += tl.load(further_in + index, mask=index < further, other=0.0)
+        tl.store(further_out, tl.sum(sums, 0), mask=first)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     _add_parts(w1_in, parts, w1_out, at, H * D, UPCAST)
     _add_parts(w2_in, parts, w2_out, at, E * H, UPCAST)
