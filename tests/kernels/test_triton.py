@@ -370,18 +370,18 @@ def test_a_temperature_that_learns_beside_sums_in_parts() -> None:
 
     x = torch.randn(2, 300, 72, device=DEVICE)
     weights = [
-        weight.detach().to(DEVICE).requires_grad_() for weight in adapter_weights(72, 32, 40, dtype=torch.float32)
+        weight.detach().to(DEVICE).requires_grad_() for weight in adapter_weights(72, 104, 40, dtype=torch.float32)
     ]
     temperature = torch.tensor(0.3, device=DEVICE, requires_grad=True)
     names: list[str] = []
     with fused.watched(lambda kernel, *_launch: names.append(kernel.fn.__name__)):
-        loss = adapter_info_nce(x[0], x[1], *weights, temperature=temperature, impl="triton")[0]
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            loss, z, z_pos = adapter_info_nce(x[0], x[1], *weights, temperature=temperature, impl="triton")
         grads = torch.autograd.grad(loss, [*weights, temperature])
     assert "add_parts" in names or DEVICE == "cuda"
-    z, z_pos = (eager_adapter(encodings.cpu(), *(weight.detach().cpu() for weight in weights)) for encodings in x)
     alone = temperature.detach().cpu().double().requires_grad_()
-    (truth,) = torch.autograd.grad(eager_loss(z, z_pos, temperature=alone), alone)
-    assert relative_error([grads[-1].cpu()], [truth]) < 1e-5
+    wanted = eager_loss(z.detach().cpu(), z_pos.detach().cpu(), temperature=alone)
+    assert relative_error([grads[-1].cpu()], torch.autograd.grad(wanted, [alone])) < 1e-4
 
 
 def test_the_adapter_alone() -> None:
