@@ -16,9 +16,9 @@ from kellm_kernels.gpu.tiles import log1p, narrow, product, rows_of, similaritie
 
 LN2 = tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(80.0)
-"""Powers of 2 below what overflows that the largest e_ij may have, so that the smallest keep their digits."""
+"""log₂ of the largest e_ij where logits are bounded: sums stay below 2^127, and the least, 200 lower, above 2^-126."""
 LIFT = tl.constexpr(15.0)
-"""The same for float16, which holds 2^15."""
+"""log₂ of the largest float16 weight: it is in range, and what is 2^29 times smaller has all its digits."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _stream(
 ):
     """Online softmax over column blocks first..last: running log₂ peak, sum, and (unnormalised) mean of the columns.
 
-    BOUNDED: no logit is above `log_peak` as it is handed over, which then stays, so that nothing is ever scaled anew.
+    BOUNDED: no logit is more than HEADROOM above `log_peak` as it is handed over, which stays: nothing is scaled anew.
     """
     BY_PAIR: tl.constexpr = (ANCHOR_IDS and (PAIRED or COLUMN_IDS)) or (POSITIVE_IDS and COLUMN_IDS) or MARGIN
     for block in range(first, last):
