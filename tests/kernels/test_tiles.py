@@ -169,3 +169,28 @@ def test_a_tile_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     )
     assert [row["m"] for row in rows] != [16]
     assert len(timed) == 1  # the plan's own
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU's shared memory")
+def test_a_tile_that_has_no_room_for_options_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from kellm_kernels import fused, tune
+
+    launch = fused._launch
+
+    def small(kernel: Any, grid: tuple[int, ...], *arguments: Any, **given: Any) -> None:
+        if given.get("BLOCK_M") == 16 and given["ANCHOR_IDS"]:
+            raise OutOfResources(120 << 10, 99 << 10, "shared memory")
+        launch(kernel, grid, *arguments, **given)
+
+    monkeypatch.setattr(fused, "_launch", small)
+    clock = iter([3.0, 1.0, 2.0])
+    (row,) = tune.best_tiles(
+        tune.Case(24, 16, 8, 40, symmetric=False),
+        device=torch.device("cpu"),
+        candidates={"contrast_rows": [Tile(16, 32, 0, 4, 1), Tile(32, 16, 0, 4, 1)]},
+        timer=lambda _launch: next(clock),
+    )
+    assert (row["m"], row["ms"], row["plan_ms"]) == (32, 2.0, 3.0)
