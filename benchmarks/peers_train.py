@@ -165,15 +165,12 @@ class EagerInfoNCE(AdapterInfoNCE):
         x: Tensor,
         x_pos: Tensor,
         *,
-        x_neg: Tensor | None = None,
         anchor_ids: Tensor | None = None,
         positive_ids: Tensor | None = None,
-        negative_ids: Tensor | None = None,
-        log_q: Tensor | None = None,
-        sample_weight: Tensor | None = None,
+        **others: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, z and z_pos."""
-        given = any(value is not None for value in (x_neg, negative_ids, log_q, sample_weight))
+        given = any(value is not None for value in others.values())
         if given or not isinstance(adapter, Adapter) or anchor_ids is None or positive_ids is None:
             raise ValueError("the eager loss takes an Adapter, anchor_ids and positive_ids, and nothing beside them")
         w1, b1, w2, b2 = adapter.weights()

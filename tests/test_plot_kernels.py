@@ -341,7 +341,7 @@ def test_names_of_all_implementations_keep_apart(scripts: SimpleNamespace, write
     assert places[0] >= scripts.plot.TOP
     assert places[-1] <= scripts.plot.BOTTOM + 4
     assert "a <b> & c" in picture.get("aria-label", "")
-    light, dark = (picture.find(f"{SVG}style").text or "").split("@media (prefers-color-scheme: dark)")  # type: ignore[union-attr]
+    light, dark = (picture.findtext(f"{SVG}style") or "").split("@media (prefers-color-scheme: dark)")
     for impl in impls:
         assert f".{impl} {{ color: " in light
         assert f".{impl} {{ color: " in dark

@@ -17,6 +17,20 @@ import torch
 import triton
 from torch import Tensor
 
+from kellm_kernels.arguments import (
+    columns,
+    contiguous,
+    counts,
+    dims_of,
+    empty,
+    lengths_of,
+    matrices,
+    or_else,
+    rows_together,
+    strides_of,
+    three,
+    with_rows,
+)
 from kellm_kernels.gpu import adapter as adapter_kernels
 from kellm_kernels.gpu import contrast_backward as backward_kernels
 from kellm_kernels.gpu import contrast_forward as forward_kernels
@@ -50,7 +64,7 @@ def watched(record: _Record) -> Iterator[None]:
 
 def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0) -> tuple[Tensor, Rows]:
     """The loss, () or (B,), and what backward needs; without `keep` the negatives' means are left out."""
-    vectors = _with_rows(vectors)
+    vectors = with_rows(vectors)
     plan = _contrast_plan(vectors, problem.symmetric, hidden)
     count, dim = vectors.anchor.shape
     rows = empty_rows(vectors, symmetric=problem.symmetric, keep=keep, hidden=hidden)
@@ -63,7 +77,7 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
         _launch(
             forward_kernels.contrast_rows,
             (blocks_of(count, plan.rows.m), plan.row_parts * blocks_of(dim, plan.block_e), problem.directions),
-            *_columns(vectors, problem), rows.own, parts, rows.means, *_counts(vectors, problem), problem.margin or 0.0,
+            *columns(vectors, problem), rows.own, parts, rows.means, *counts(vectors, problem), problem.margin or 0.0,
             E=dim, BLOCK_M=plan.rows.m, BLOCK_N=plan.rows.n, BLOCK_E=plan.block_e, MEANS=with_means,
             BOUNDED=_bounded(vectors, problem),
             **_options(vectors, problem), num_warps=plan.rows.warps, num_stages=plan.rows.stages,
@@ -71,7 +85,7 @@ def contrast(vectors: Vectors, problem: Contrast, *, keep: bool, hidden: int = 0
         _launch(
             forward_kernels.contrast_finish,
             (blocks_of(count, _FINISH_BLOCK) if problem.reduction == "none" else 1,),
-            rows.own, parts, _or(problem.log_q, loss), _or(problem.sample_weight, loss), problem.temperature,
+            rows.own, parts, or_else(problem.log_q, loss), or_else(problem.sample_weight, loss), problem.temperature,
             loss, rows.log_rest, rows.pull, rows.log_factor, rows.inverse_weight, rows.largest,
             count, problem.start, plan.row_parts,
             DIRECTIONS=problem.directions, LOG_Q=problem.log_q is not None,
@@ -98,10 +112,10 @@ def contrast_backward(
     grad: Tensor, vectors: Vectors, problem: Contrast, rows: Rows, *, want_temperature: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of anchors, positives, negatives and, where wanted, temperature, in their dtypes."""
-    vectors, grad = _with_rows(vectors), grad.contiguous()
+    vectors, grad = with_rows(vectors), grad.contiguous()
     plan = _contrast_plan(vectors, problem.symmetric, 0)
-    d_anchor, d_positive = _empty(vectors.anchor), _empty(vectors.positive)
-    d_negatives = None if vectors.negatives is None else _empty(vectors.negatives)
+    d_anchor, d_positive = empty(vectors.anchor), empty(vectors.positive)
+    d_negatives = None if vectors.negatives is None else empty(vectors.negatives)
     with _device_of(grad):
         sums = _column_sums(grad, vectors, problem, rows, plan, None)
         by_block = _assemble(
@@ -125,7 +139,7 @@ def adapt(
     towers: Sequence[Tensor], weights: AdapterWeights, *, keep: bool, halve: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Embeddings of each tower; lengths before normalisation (ΣR,); if kept, the hidden layer (ΣR, H); `empty_half`."""
-    towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
+    towers, weights = [rows_together(x) for x in towers], contiguous(weights)
     plan = _adapter_plan(towers, weights, 0)
     tile = plan.forward
     total, x = sum(tower.shape[0] for tower in towers), towers[0]
@@ -144,9 +158,9 @@ def adapt(
                     sum(blocks_of(tower.shape[0], tile.m) for tower in towers),
                     blocks_of(weights.w1.shape[0], tile.n) if layers == "first" else 1,
                 ),
-                *_three(towers), *_strides(towers), *_lengths(towers), *weights[:4],
-                *_three(embeddings), norm, hidden, half,
-                **_dims(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
+                *three(towers), *strides_of(towers), *lengths_of(towers), *weights[:4],
+                *three(embeddings), norm, hidden, half,
+                **dims_of(weights), BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=padded(weights.w2.shape[0]),
                 LAYERS=layers, ACTIVATION=weights.activation, NORMALIZE=weights.normalize, KEEP=keep,
                 HALVE=half.numel() > 0, MIN_NORM=MIN_NORM,
                 **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -162,7 +176,7 @@ def _narrowed(weights: AdapterWeights) -> AdapterWeights:
     _launch(
         adapter_kernels.narrow_weights,
         (blocks_of(max(w1.numel(), w2.numel()), _ADD_BLOCK),),
-        weights.w1, weights.w2, w1, w2, **_dims(weights), BLOCK=_ADD_BLOCK, UPCAST=_upcast(weights.dtype),
+        weights.w1, weights.w2, w1, w2, **dims_of(weights), BLOCK=_ADD_BLOCK, UPCAST=_upcast(weights.dtype),
         num_warps=_WARPS,
     )  # fmt: skip
     return weights._replace(w1=w1, w2=w2)
@@ -172,7 +186,7 @@ def adapt_backward(
     grad_z: Tensor, x: Tensor, z: Tensor, norm: Tensor, hidden: Tensor, weights: AdapterWeights, *, want_x: bool
 ) -> tuple[Tensor | None, WeightGrads]:
     """Gradients of x, where wanted, and of w1, b1, w2, b2, in their dtypes."""
-    x, weights, d_y = _rows_together(x), _contiguous(weights), _empty(z)
+    x, weights, d_y = rows_together(x), contiguous(weights), empty(z)
     alone = Vectors(z, z[:0], None)
     plan = _contrast_plan(alone, False, 0)
     with _device_of(z):
@@ -201,7 +215,7 @@ def adapt_contrast_backward(
     want_temperature: bool,
 ) -> tuple[list[Tensor | None], WeightGrads, Tensor | None]:
     """As `adapt_backward` for all towers, upstream being what reached the loss and what reached the embeddings."""
-    towers, weights = [_rows_together(x) for x in towers], _contiguous(weights)
+    towers, weights = [rows_together(x) for x in towers], contiguous(weights)
     plan = _contrast_plan(vectors, problem.symmetric, weights.w1.shape[0])
     anchors, pairs = vectors.anchor.shape[0], vectors.anchor.shape[0] + vectors.positive.shape[0]
     d_y = vectors.anchor.new_empty(sum(x.shape[0] for x in towers), weights.w2.shape[0])
@@ -245,8 +259,8 @@ def _column_sums(
     _launch(
         backward_kernels.contrast_columns,
         (sum(blocks_of(length, tile.m) for length in lengths), plan.column_parts, blocks_of(dim, plan.block_e)),
-        *_columns(vectors, problem), rows.own, rows.pull, rows.log_factor, rows.largest, grad, sums,
-        *_counts(vectors, problem), problem.margin or 0.0,
+        *columns(vectors, problem), rows.own, rows.pull, rows.log_factor, rows.largest, grad, sums,
+        *counts(vectors, problem), problem.margin or 0.0,
         E=dim, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_E=plan.block_e,
         ROWS=problem.reduction == "none", SCALED=vectors.anchor.dtype == torch.float16,
         **_options(vectors, problem), num_warps=tile.warps, num_stages=tile.stages,
@@ -280,11 +294,12 @@ def _assemble(
     _launch(
         backward_kernels.assemble,
         (blocks + sum(blocks_of(other.shape[0], block) for other in others),),
-        *_matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull, _or(sums, anchor), _or(grad, anchor),
-        kept.inverse_weight, problem.temperature if temperature else anchor,
-        _or(upstream[0], anchor), _or(upstream[1], anchor), _or(norm, anchor),
-        outs[0], outs[1], _or(outs[2], anchor), by_block,
-        *_counts(vectors, problem), len(kept.means), plan.column_parts,
+        *matrices(vectors), kept.means, kept.parts, kept.log_rest, kept.pull,
+        or_else(sums, anchor), or_else(grad, anchor), kept.inverse_weight,
+        problem.temperature if temperature else anchor,
+        or_else(upstream[0], anchor), or_else(upstream[1], anchor), or_else(norm, anchor),
+        outs[0], outs[1], or_else(outs[2], anchor), by_block,
+        *counts(vectors, problem), len(kept.means), plan.column_parts,
         E=anchor.shape[1], BLOCK=block, BLOCK_E=width, LOSS=loss, SECOND=problem.symmetric,
         ROWS=problem.reduction == "none", ANCHOR_UPSTREAM=upstream[0] is not None,
         POSITIVE_UPSTREAM=upstream[1] is not None, NORMALIZE=normalize, TEMPERATURE=temperature and loss,
@@ -307,16 +322,16 @@ def _weight_gradients(
     What `by_block` holds of the temperature's gradient is added up on the way.
     """
     plan = _adapter_plan(towers, weights, kept_parts)
-    grads = (_empty(weights.w1), _empty(weights.b1), _empty(weights.w2), _empty(weights.b2))
+    grads = (empty(weights.w1), empty(weights.b1), empty(weights.w2), empty(weights.b2))
     parts: Sequence[Tensor] = grads
     if plan.weight_parts > 1:
         parts = [grad.new_empty(plan.weight_parts, *grad.shape, dtype=torch.float32) for grad in grads]
-    tile, dims = plan.backward, _dims(weights)
+    tile, dims = plan.backward, dims_of(weights)
     d_blocks, e_blocks = blocks_of(dims["D"], tile.k), blocks_of(dims["E"], plan.block_e)
     _launch(
         adapter_kernels.adapter_weights,
         (blocks_of(dims["H"], tile.n), d_blocks + e_blocks, plan.weight_parts),
-        *_three(towers), *_strides(towers), *_lengths(towers), d_y, hidden, weights.w2, *parts,
+        *three(towers), *strides_of(towers), *lengths_of(towers), d_y, hidden, weights.w2, *parts,
         **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
         ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -328,7 +343,7 @@ def _weight_gradients(
         _launch(
             adapter_kernels.add_parts,
             (blocks_of(longest, _ADD_BLOCK),),
-            *parts, *grads, plan.weight_parts, _or(by_block, d_y), _or(d_temperature, d_y),
+            *parts, *grads, plan.weight_parts, or_else(by_block, d_y), or_else(d_temperature, d_y),
             0 if by_block is None else by_block.numel(),
             **dims, BLOCK=_ADD_BLOCK, FURTHER=by_block is not None, UPCAST=_upcast(grads[0].dtype), num_warps=_WARPS,
         )  # fmt: skip
@@ -346,25 +361,25 @@ def _encoding_gradients(
     d_towers: list[Tensor | None] = []
     wanted, offsets, start = [], [], 0
     for x, want in zip(towers, want_x, strict=True):
-        d_towers.append(_empty(x) if want else None)
+        d_towers.append(empty(x) if want else None)
         if want:
             wanted.append(d_towers[-1])
             offsets.append(start)
         start += x.shape[0]
     if not wanted:
         return d_towers
-    tile, dims = plan.backward, _dims(weights)
+    tile, dims = plan.backward, dims_of(weights)
     _launch(
         adapter_kernels.adapter_encodings,
-        (sum(blocks_of(length, tile.m) for length in _lengths(wanted)), blocks_of(dims["D"], tile.k)),
-        *_lengths(wanted), *[*offsets, 0, 0][:3], d_y, hidden, weights.w1, weights.w2, *_three(wanted),
+        (sum(blocks_of(length, tile.m) for length in lengths_of(wanted)), blocks_of(dims["D"], tile.k)),
+        *lengths_of(wanted), *[*offsets, 0, 0][:3], d_y, hidden, weights.w1, weights.w2, *three(wanted),
         **dims, BLOCK_R=tile.m, BLOCK_D=tile.k, BLOCK_H=tile.n, BLOCK_E=plan.block_e,
         ACTIVATION=weights.activation, **_precision(weights.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return d_towers
 
 
-# --- Arguments of launches ----------------------------------------------------------------------------------------
+# --- Launches -----------------------------------------------------------------------------------------------------
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -374,24 +389,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any)
     kernel[grid](*arguments, **options)
     for record in _records:
         record(kernel, grid, arguments, options)
-
-
-def _matrices(vectors: Vectors) -> tuple[Any, ...]:
-    """The vectors and how far apart their rows are; no negatives are any pointer, never read."""
-    given = [_or(v, vectors.anchor) for v in vectors]
-    return *given, *(v.stride(0) for v in given)
-
-
-def _columns(vectors: Vectors, problem: Contrast) -> tuple[Any, ...]:
-    """The vectors, ids, log q and temperature, likewise."""
-    by_column = (problem.anchor_ids, problem.positive_ids, problem.negative_ids, problem.log_q)
-    given = [vectors.anchor if values is None else values.contiguous() for values in by_column]
-    return *_matrices(vectors), *given, problem.temperature
-
-
-def _counts(vectors: Vectors, problem: Contrast) -> tuple[int, int, int, int]:
-    negatives = 0 if vectors.negatives is None else vectors.negatives.shape[0]
-    return vectors.anchor.shape[0], vectors.positive.shape[0], negatives, problem.start
 
 
 def _options(vectors: Vectors, problem: Contrast) -> dict[str, Any]:
@@ -439,7 +436,7 @@ def _contrast_plan(vectors: Vectors, symmetric: bool, hidden: int) -> ContrastPl
 
 
 def _adapter_plan(towers: Sequence[Tensor], weights: AdapterWeights, kept_parts: int) -> AdapterPlan:
-    dims = _dims(weights)
+    dims = dims_of(weights)
     return plan_adapter(
         sum(x.shape[0] for x in towers), dims["D"], dims["H"], dims["E"], itemsize=weights.dtype.itemsize,
         device=device_of(towers[0].device), kept_parts=kept_parts,
@@ -463,47 +460,3 @@ def device_of(device: torch.device) -> Device:
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _with_rows(vectors: Vectors) -> Vectors:
-    anchor, positive, negatives = vectors
-    return Vectors(
-        _rows_together(anchor), _rows_together(positive), None if negatives is None else _rows_together(negatives)
-    )
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    """The tensor with each row's elements side by side; the rows themselves may lie apart."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _contiguous(weights: AdapterWeights) -> AdapterWeights:
-    w1, b1, w2, b2 = (weight.contiguous() for weight in weights[:4])
-    return weights._replace(w1=w1, b1=b1, w2=w2, b2=b2)
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    """A tensor like this one, its elements side by side."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
-
-
-def _three(tensors: Sequence[Any]) -> list[Any]:
-    """The tensors, the last one repeated until there are three."""
-    return [*tensors, *[tensors[-1]] * (3 - len(tensors))]
-
-
-def _strides(towers: Sequence[Tensor]) -> list[int]:
-    return [x.stride(0) for x in _three(towers)]
-
-
-def _lengths(towers: Sequence[Any]) -> list[int]:
-    return [*(x.shape[0] for x in towers), 0, 0][:3]
-
-
-def _dims(weights: AdapterWeights) -> dict[str, int]:
-    hidden, encoding = weights.w1.shape
-    return {"D": encoding, "H": hidden, "E": weights.w2.shape[0]}
