@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -13,17 +14,25 @@ from kellm_spark import session
 pytestmark = pytest.mark.spark
 
 
-def test_progress_follows_the_stage(spark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_follows_the_stage(spark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[float] = []
+    flag = tmp_path / "told"
+
+    def advance(tasks: float) -> None:
+        told.append(tasks)
+        flag.touch()
 
     @contextmanager
     def track(label: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
         assert (label, total, unit) == ("slow", 7, "tasks")
-        yield told.append
+        yield advance
 
     def wait(batches):
         for batch in batches:
-            time.sleep(0.4)
+            if batch["id"][0].as_py() >= 3:  # the later tasks end once progress was told
+                deadline = time.monotonic() + 60
+                while not flag.exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
             yield batch
 
     monkeypatch.setattr(session, "track", track)
