@@ -11,31 +11,16 @@ from torch import Tensor
 
 from kellm_kernels import adapter_info_nce, adapter_mlp, info_nce, ops
 
-from .oracle import Problem, adapter_weights, needs_triton, problem
+from .device import device_of, problem_on, weights_on
+from .oracle import Problem, needs_triton, problem
 
 IMPLS = ["torch", pytest.param("triton", marks=needs_triton)]
 EXTRAS = ("anchor_ids", "positive_ids", "negative_ids", "log_q", "sample_weight")
 ALL_OPTIONS = ("temperature", *EXTRAS, "margin")
 
 
-def device_of(impl: str) -> str:
-    """Triton computes on a GPU where there is one, and else in its interpreter."""
-    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def on(device: str, value: Any) -> Any:
-    return value.detach().to(device).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
 def case_on(impl: str, rows: int, negatives: int, dim: int, names: Sequence[str] = ALL_OPTIONS) -> Problem:
-    device, case = device_of(impl), problem(rows, negatives, dim, dtype=torch.float32).only(*names)
-    anchor, positive, further = (on(device, tensor) for tensor in case[:3])
-    return Problem(anchor, positive, further, {name: on(device, value) for name, value in case.options.items()})
-
-
-def weights_on(impl: str, encoding: int, hidden: int, embedding: int) -> list[Tensor]:
-    drawn = adapter_weights(encoding, hidden, embedding, dtype=torch.float32)
-    return [weight.detach().to(device_of(impl)).requires_grad_() for weight in drawn]
+    return problem_on(device_of(impl), problem(rows, negatives, dim, dtype=torch.float32).only(*names))
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -78,7 +63,7 @@ def adapt_arguments(
     impl: str, *, frozen: bool = True, activation: str = "gelu", other_way: bool = False
 ) -> tuple[Any, ...]:
     x = case_on(impl, 9, 0, 24).anchor.detach().requires_grad_(not frozen)
-    w1, b1, w2, b2 = weights_on(impl, 24, 32, 16)
+    w1, b1, w2, b2 = weights_on(device_of(impl), 24, 32, 16)
     matrices = [relayed(matrix, other_way=other_way) for matrix in (x, w1, w2)]
     weights = (matrices[1], b1, matrices[2], b2)
     return matrices[0], *weights, activation, activation == "gelu", torch.float32, impl, True
@@ -91,7 +76,7 @@ def adapt_contrast_arguments(impl: str, sample: str, *, other_way: bool = False)
     temperature, *options = contrast_arguments(impl, sample)[3:]
     *extras, constant, margin, _symmetric, _start, _reduction, _impl, keep = options
     encodings = [None if x is None else x.detach().requires_grad_(negatives > 0) for x in case[:3]]
-    w1, b1, w2, b2 = weights_on(impl, 24, 32, 16)
+    w1, b1, w2, b2 = weights_on(device_of(impl), 24, 32, 16)
     x, x_pos, x_neg, w1_laid, w2_laid = (relayed(t, other_way=other_way) for t in (*encodings, w1, w2))
     return (
         *(x, x_pos, x_neg, w1_laid, b1, w2_laid, b2, temperature, *extras),
@@ -216,7 +201,7 @@ def test_auto_compiles() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_adapter_mlp_compiles(impl: str) -> None:
-    leaves = [case_on(impl, 17, 0, 24).anchor, *weights_on(impl, 24, 32, 16)]
+    leaves = [case_on(impl, 17, 0, 24).anchor, *weights_on(device_of(impl), 24, 32, 16)]
 
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         return (adapter_mlp(x * 2, *weights, impl=impl) * torch.arange(16, device=x.device)).sin().sum()
@@ -240,7 +225,7 @@ def joint(case: Problem, impl: str, *, use_embeddings: bool) -> Compiled:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_adapter_info_nce_compiles(impl: str, use_embeddings: bool) -> None:
     case = case_on(impl, 17, 5, 24, ("temperature", "anchor_ids", "positive_ids", "log_q"))
-    leaves = [*case.leaves, *weights_on(impl, 24, 32, 16)]
+    leaves = [*case.leaves, *weights_on(device_of(impl), 24, 32, 16)]
     function = joint(case, impl, use_embeddings=use_embeddings)
     assert_agree(compiled(function, "aot_eager"), function, leaves, leaves)
 
@@ -274,7 +259,7 @@ def test_no_batch_size_is_compiled_in(name: str) -> None:
     def both(x: Tensor, x_pos: Tensor) -> Tensor:
         return adapter_info_nce(x, x_pos, *weights, impl="torch")[0]
 
-    weights = weights_on("torch", 24, 32, 16)
+    weights = weights_on("cpu", 24, 32, 16)
     function = {"info_nce": loss, "adapter_mlp": embeddings, "adapter_info_nce": both}[name]
     dynamic = compiled(function, "aot_eager", dynamic=True)
     for rows in (33, 17, 9):
