@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kellm_features.errors import ConfigError, EngineError, MissingExtraError, first_line
-from kellm_features.knowledge.modelfiles import hash_model, hub_folder, is_model, quiet_loading
+from kellm_features.knowledge.modelfiles import (
+    hash_model,
+    hub_folder,
+    is_hub_id,
+    is_model,
+    quiet_loading,
+    refuse_revision,
+)
 from kellm_features.knowledge.parallel import cpu_workers, side_by_side
 from kellm_features.resources import EMBEDDED_ENCODER, package_file
 from kellm_features.settings import EncodeSettings
@@ -24,8 +30,6 @@ ENCODER_VERSION = 1
 """Of the way in which texts are cut and pooled: raise it when vectors change although the weights do not."""
 SLICE_BATCHES = 8
 """Batches per worker or process that suit one call: texts of like length still meet, and little is lost by a kill."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Encoder:
@@ -252,7 +256,7 @@ def encoder_folder(settings: EncodeSettings) -> Path:
     """
     model = settings.model
     folder = Path(model).expanduser()
-    if _is_hub_id(model):
+    if _is_of_hub(model):
         return hub_folder(model, settings.revision, "encode.model")
     if model != EMBEDDED_MODEL and not is_model(folder):
         raise ConfigError(
@@ -260,21 +264,16 @@ def encoder_folder(settings: EncodeSettings) -> Path:
             "transformers model (its modules.json or config.json is looked for), or the id of a hub model, as in "
             "bert-base-uncased"
         )
-    if settings.revision is not None:
-        raise ConfigError(
-            f"'encode.revision' is {settings.revision!r}, and 'encode.model' = {model!r} has no revisions: leave it "
-            "out, or name a hub model"
-        )
+    refuse_revision("encode", model, settings.revision)
     return package_file(EMBEDDED_ENCODER, "model/modules.json").parent if model == EMBEDDED_MODEL else folder
 
 
-def _is_hub_id(model: str) -> bool:
-    """A folder wins over a hub model of its name."""
-    return model != EMBEDDED_MODEL and not Path(model).exists() and _HUB_ID.fullmatch(model) is not None
+def _is_of_hub(model: str) -> bool:
+    return model != EMBEDDED_MODEL and is_hub_id(model)
 
 
 def _identity(settings: EncodeSettings, folder: Path) -> tuple[str, str]:
     """Name and revision: a hub model's commit, else a hash of the files."""
-    if _is_hub_id(settings.model):
+    if _is_of_hub(settings.model):
         return settings.model, folder.name
     return settings.model if settings.model == EMBEDDED_MODEL else folder.name, hash_model(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 import uuid
@@ -17,7 +16,7 @@ from typing import Any
 from kellm_features.artifacts import sha256_file
 from kellm_features.errors import EngineError, MissingExtraError, first_line
 from kellm_features.knowledge.engines.base import Failure, Prompt
-from kellm_features.knowledge.modelfiles import hash_model, hub_folder, quiet_loading
+from kellm_features.knowledge.modelfiles import hash_model, hub_folder, is_hub_id, quiet_loading, refuse_revision
 from kellm_features.resources import EMBEDDED_LLM, package_file
 from kellm_features.settings import GenerateSettings, user_cache_dir
 
@@ -27,7 +26,6 @@ EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION_S = 24 * 3600.0
 """No conversion takes so long: the embedded model's takes a minute."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,21 @@ def local_model(settings: GenerateSettings) -> LocalModel:
     `generate.revision` chooses. A path that exists wins over a hub id of the same name.
 
     Raises:
+        ConfigError: a revision of a model that has none.
         EngineError: no such model, or its files cannot be read.
         MissingExtraError: a .gguf file has to be unpacked and what does so is not installed.
     """
     name = settings.model
     source = package_file(EMBEDDED_LLM, _EMBEDDED_FILE) if name == EMBEDDED_MODEL else Path(name).expanduser()
+    if source.exists():
+        refuse_revision("generate", name, settings.revision)
     if source.is_dir():
         return LocalModel(source, source.name, hash_model(source))
     if source.is_file():
         revision = sha256_file(source)
         folder = convert_gguf(source, user_cache_dir() / "models" / revision)
         return LocalModel(folder, name if name == EMBEDDED_MODEL else source.stem, revision)
-    if name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+    if name.endswith(".gguf") or not is_hub_id(name):
         raise EngineError(
             f"'generate.model' is {name!r}, which is not on this machine: accepted are {EMBEDDED_MODEL}, "
             "a model folder, a .gguf file, or a hub id such as org/name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kellm_features.artifacts import sha256_file
-from kellm_features.errors import EngineError, MissingExtraError, first_line
+from kellm_features.errors import ConfigError, EngineError, MissingExtraError, first_line
 
 logger = logging.getLogger(__name__)
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _SHAPING = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 
 _FOREIGN = (
@@ -24,6 +26,24 @@ _FOREIGN = (
 """The same weights in formats that neither transformers nor vLLM load: bert-base-uncased has 2.5 GB of them."""
 _PICKLED = ("pytorch_model*",)
 """The same weights once more, where a model has safetensors."""
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form of a hub id, `name` or `organisation/name`; a path that exists wins over it."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).expanduser().exists()
+
+
+def refuse_revision(section: str, model: str, revision: str | None) -> None:
+    """Say that a model on disk has one version only, where settings name another.
+
+    Raises:
+        ConfigError: `revision` is given.
+    """
+    if revision is not None:
+        raise ConfigError(
+            f"'{section}.revision' is {revision!r}, and '{section}.model' = {model!r} has no revisions: leave it out, "
+            "or name a hub model"
+        )
 
 
 def hub_folder(repo_id: str, revision: str | None, setting: str) -> Path:

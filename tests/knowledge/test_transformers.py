@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kellm_features.errors import EngineError, MissingExtraError
+from kellm_features.errors import ConfigError, EngineError, MissingExtraError
 from kellm_features.knowledge.domain import load_domain
 from kellm_features.knowledge.engines import Completion, Prompt, load_engine, local_vllm
 from kellm_features.knowledge.engines.base import Failure
@@ -141,6 +141,13 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), str(tmp_path / "none.gguf"), "~/no such folder"):
         with pytest.raises(EngineError, match=r"'generate.model' is .*, which is not on this machine: accepted are"):
             load_engine("transformers", GenerateSettings(model=name))
+
+
+def test_a_revision_of_a_model_that_has_none(tmp_path: Path) -> None:
+    (tmp_path / "own.gguf").touch()
+    for name in (GenerateSettings().model, str(tmp_path), str(tmp_path / "own.gguf")):
+        with pytest.raises(ConfigError, match=r"'generate.revision' is 'main', and 'generate.model' = .* has no revis"):
+            local_model(GenerateSettings(model=name, revision="main"))
 
 
 def test_a_hub_model_bears_its_id_and_commit(
