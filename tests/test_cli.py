@@ -1,13 +1,19 @@
 """The command line as a person meets it: one line, exit code 2, nothing written."""
 
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
+from kellm_features.cli.link import link
+from kellm_features.cli.wiki import wiki
 from kellm_features.stages import STAGE_NAMES
+from kellm_spark.linking import DOMAINS
 
 
 def kellm(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +70,16 @@ def test_every_stage_is_a_command(tmp_path: Path) -> None:
     told = kellm(tmp_path, "--help").stdout
     for name in (*STAGE_NAMES, "run", "quickstart", "fetch", "doctor", "init"):
         assert f"  {name} " in told
+
+
+def test_the_commands_offer_every_domain_that_the_jobs_know() -> None:
+    """Told twice, as help must not wait for the jobs' packages."""
+
+    def offered(command: Callable[..., Any]) -> tuple[str, ...]:
+        return get_args(inspect.signature(command, eval_str=True).parameters["domain"].annotation.__origin__)
+
+    assert offered(link) == tuple(DOMAINS)
+    assert offered(wiki) == tuple(name for name, kinds in DOMAINS.items() if kinds)  # articles need all pages
 
 
 def test_init_writes_what_the_other_commands_read(tmp_path: Path) -> None:
