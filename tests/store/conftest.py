@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -319,6 +323,36 @@ class Shop:
         from kellm_features.store import rollout
 
         rollout.promote(self.repo, version, force=True)
+
+    def promote_under_load(self, request: Callable[[random.Random], str], *, threads: int, turns: int) -> None:
+        """Ask in threads while v2 and v1 are promoted by turns, each until an answer came of it.
+
+        Args:
+            request: asks, checks the answer and returns its version; what it raises is raised here.
+            threads: so many ask, each with a generator of its own.
+            turns: promotes.
+        """
+        served: list[str] = []
+        done = threading.Event()
+
+        def work(seed: int) -> None:
+            rng = random.Random(seed)
+            while not done.is_set():
+                served.append(request(rng))
+
+        with ThreadPoolExecutor(threads) as pool:
+            asking = [pool.submit(work, seed) for seed in range(threads)]
+            try:
+                for version in itertools.islice(itertools.cycle(("v2", "v1")), turns):
+                    self.promote(version)
+                    before, deadline = len(served), time.monotonic() + 60
+                    while version not in served[before:] and not any(thread.done() for thread in asking):
+                        assert time.monotonic() < deadline, f"{version} is not served"
+                        time.sleep(0.01)
+            finally:
+                done.set()
+            for thread in asking:
+                thread.result()
 
     def store(self) -> Any:
         """A Feast client of its own, with nothing cached."""

@@ -272,36 +272,19 @@ def shop(request: pytest.FixtureRequest, make_shop) -> Any:
 
 
 def test_one_reader_in_16_threads(shop) -> None:
-    """16 threads of 200 requests each, while the version is switched to and fro: each answer is whole."""
+    """While the version is switched to and fro each answer is whole."""
     shop.promote("v1")
     wanted = {version: shop.vectors(version, IDS) for version in ("v1", "v2")}
-    wrong: list[BaseException] = []
-    seen: set[str] = set()
 
-    def work(seed: int) -> None:
-        rng = random.Random(seed)
-        try:
-            for _ in range(200):
-                places = rng.choices(range(len(IDS)), k=10)
-                got = reader.get([IDS[place] for place in places])
-                assert (got.values == wanted[got.version][places]).all()
-                assert got.found.all()
-                seen.add(got.version)
-        except BaseException as error:  # told below: an exception in a thread fails no test
-            wrong.append(error)
+    def request(rng: random.Random) -> str:
+        places = rng.choices(range(len(IDS)), k=10)
+        got = reader.get([IDS[place] for place in places])
+        assert (got.values == wanted[got.version][places]).all()
+        assert got.found.all()
+        return got.version
 
     with EmbeddingReader.from_repo(shop.repo) as reader:
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
-        for thread in threads:
-            thread.start()
-        turn = 0
-        while any(thread.is_alive() for thread in threads):
-            turn += 1
-            shop.promote("v2" if turn % 2 else "v1")
-        for thread in threads:
-            thread.join()
-    assert not wrong
-    assert seen == {"v1", "v2"}
+        shop.promote_under_load(request, threads=16, turns=60)
 
 
 def test_a_reader_in_a_fork(shop) -> None:
